@@ -1,0 +1,39 @@
+"""One process a backend: `KERAS_BACKEND=jax pytest`; unset, Keras's own choice stands."""
+
+import os
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+if os.environ.get("KERAS_BACKEND", BACKENDS[0]) not in BACKENDS:
+    raise RuntimeError(
+        f"KERAS_BACKEND={os.environ['KERAS_BACKEND']!r} is not one of {BACKENDS}; "
+        "run for example `KERAS_BACKEND=jax pytest`."
+    )
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers fill the cores already; a thread pool in each makes all of them slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
+
+SEED = 1234
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__}, backend {keras.backend.backend()}"
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    """Same seed, same automatic layer names and float32 for every test, in any order."""
+    keras.utils.clear_session(free_memory=False)
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(SEED)
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def backend():
+    return keras.backend.backend()
