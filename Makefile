@@ -1,0 +1,64 @@
+# Needs python3 (3.11 or newer, with venv), git and make; everything else goes into .venv.
+#
+#   make demo        fine-tune a real pretrained model; ARGS="--compare" passes options on
+#   make test        lint, types, the suite on each backend, and the built wheel
+#   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
+#   make lint        ruff, mypy and import rules
+#   make coverage    the suite on each backend, with one combined report
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BACKENDS ?= tensorflow jax torch
+WORKERS ?= 2
+ARGS ?=
+
+STAMP := $(VENV)/.installed
+EXTRAS := examples,tensorflow,jax,torch,peft,dev
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: setup demo test test-backends lint wheel coverage clean $(BACKENDS:%=test-%)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/finetune_text_classifier.py $(ARGS)
+
+# Each part runs whatever the others found; the exit code is that of the worst.
+test: $(STAMP)
+	@failed=""; \
+	for part in lint wheel $(BACKENDS:%=test-%); do \
+	    echo "== $$part"; \
+	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; \
+	echo "All parts passed: lint, wheel, $(BACKENDS)"
+
+$(BACKENDS:%=test-%): test-%: $(STAMP)
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheel: $(STAMP)
+	$(BIN)/python tools/check_wheel.py
+
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	for backend in $(BACKENDS); do \
+	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-append --cov-report= $(ARGS) || exit 1; \
+	done
+	$(BIN)/coverage report --show-missing
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
