@@ -1,0 +1,517 @@
+"""The only module that touches `keras.src` or a backend module.
+
+Every use says why the public API does not do, and the Keras version it was checked on.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import sys
+
+import keras
+from keras.src import backend as keras_backend  # private: checked on 3.15.1
+from keras.src.backend.common import global_state
+
+# --- layers: state tracking, call caches, tracing ------------------------------------------------
+
+
+def flatten_layers(model):
+    """Returns the layer and every layer below it, each once.
+
+    `Layer._flatten_layers` (3.15.1): the public `Model.layers` stops at the first level, and misses
+    what composite layers hold as attributes.
+    """
+    return model._flatten_layers()
+
+
+def own_variables(layer):
+    """Returns the variables that the layer holds itself, in the order weight files use.
+
+    `Layer._trainable_variables` and `_non_trainable_variables` (3.15.1): the public lists include
+    those of sublayers.
+    """
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets a built layer gain or lose state.
+
+    `Layer._tracker` (3.15.1) is locked by `build`; Keras's own `enable_lora` unlocks it likewise.
+    """
+    was_locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if was_locked:
+            layer._tracker.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedState:
+    """The trainable flags of one layer and of its own variables, with their order.
+
+    An object of its own, because Keras walks tuples and lists among a layer's attributes when it
+    saves.
+    """
+
+    flag: bool
+    trainable: tuple
+    frozen: tuple
+
+
+def tracked_state(layer):
+    """Returns what `restore_tracked_state` needs to undo freezing on this layer.
+
+    `Layer._trainable_variables` and `_non_trainable_variables` (3.15.1): see `own_variables`.
+    """
+    trainable, frozen = layer._trainable_variables, layer._non_trainable_variables
+    return TrackedState(
+        layer._trainable,
+        tuple((variable, variable.trainable) for variable in trainable),
+        tuple((variable, variable.trainable) for variable in frozen),
+    )
+
+
+def restore_tracked_state(layer, state):
+    """Puts the layer's own flag, its two variable lists and their flags back."""
+    layer._trainable = state.flag
+    stores = {"trainable_variables": state.trainable, "non_trainable_variables": state.frozen}
+    for store, members in stores.items():
+        variables = [variable for variable, _ in members]
+        layer._tracker.config[store][1][:] = variables
+        layer._tracker.stored_ids[store] = {id(variable) for variable in variables}
+        for variable, was_trainable in members:
+            variable.trainable = was_trainable
+
+
+def freeze_variables(layer, variables):
+    """Freezes own variables of a layer so that `layer.trainable = True` leaves them frozen.
+
+    The setter of `Layer.trainable` (3.15.1) thaws everything in the tracker's trainable list, so
+    the variables move to the front of the other one. The concatenation of both lists is the order
+    in which default weight files store values; a variable whose move would change it is frozen in
+    place.
+    """
+    chosen = {id(variable) for variable in variables}
+    trainable = layer._trainable_variables
+    moved = []
+    for variable in reversed(list(trainable)):
+        if id(variable) not in chosen:
+            break
+        moved.insert(0, variable)
+    if _order_is_by_name(layer):
+        moved = [variable for variable in trainable if id(variable) in chosen]
+    for variable in variables:
+        variable.trainable = False
+    for variable in moved:
+        layer._tracker.untrack(variable)
+    layer._non_trainable_variables[:0] = moved
+    layer._tracker.stored_ids["non_trainable_variables"] |= {id(variable) for variable in moved}
+
+
+def _order_is_by_name(layer):
+    """Whether the layer stores its weights by name, not in tracking order."""
+    return type(layer).save_own_variables is not keras.layers.Layer.save_own_variables
+
+
+def own_trainable_flag(layer, value):
+    """Sets the flag of this layer alone.
+
+    `Layer._trainable` (3.15.1): the public setter also changes every variable and layer below.
+    """
+    layer._trainable = value
+
+
+def drop_attribute(layer, name):
+    """Removes a tracked variable or seed generator from a layer and returns it.
+
+    Goes past `Layer.__delattr__` (3.15.1), which runs a full garbage collection per variable.
+    """
+    value = getattr(layer, name)
+    with unlocked(layer):
+        layer._tracker.untrack(value)
+    if isinstance(value, keras.Variable):
+        layer._post_untrack_variable(value)
+    super(keras.layers.Layer, layer).__delattr__(name)
+    return value
+
+
+def thaw_variables(layer, variables):
+    """Makes own variables of a layer trainable again, before those that already are."""
+    for variable in variables:
+        layer._tracker.untrack(variable)
+        variable.trainable = True
+    layer._trainable_variables[:0] = variables
+    layer._tracker.stored_ids["trainable_variables"] |= {id(variable) for variable in variables}
+
+
+def refresh_class_bindings(layer):
+    """Rebinds what a Keras layer caches of its class in `__new__` and `__init__`.
+
+    `Layer.__new__` (3.15.1) wraps `build` and `quantize` of the class of that moment into instance
+    attributes, and `Layer.__init__` caches the signature of `call`. After `layer.__class__` has
+    changed both would still be those of the former class.
+    """
+    for name in ("build", "quantize"):
+        layer.__dict__.pop(name, None)
+    layer.__dict__["build"] = _wrapped_build(layer, layer.build)
+    layer.__dict__["quantize"] = _wrapped_quantize(layer, layer.quantize)
+    layer._call_signature = inspect.signature(layer.call)
+    names = [parameter.name for parameter in layer._call_signature.parameters.values()]
+    layer.call_signature_parameters = names
+    layer._call_has_training_arg = "training" in names
+    layer._call_has_mask_arg = "mask" in names
+    layer._call_has_context_arg = {name: name in names for name in layer._call_context_args}
+
+
+def _wrapped_build(layer, build):
+    def build_wrapper(*args, **kwargs):
+        with layer._open_name_scope():
+            build(*args, **kwargs)
+        layer._build_shapes_dict = inspect.signature(build).bind(*args, **kwargs).arguments
+        layer.built = True
+        layer._post_build()
+        layer._lock_state()
+
+    return build_wrapper
+
+
+def _wrapped_quantize(layer, quantize):
+    from keras.src.quantizers.quantization_config import validate_and_resolve_config
+
+    def quantize_wrapper(mode=None, config=None, **kwargs):
+        config = validate_and_resolve_config(mode, config)
+        layer._check_quantize_args(config.mode, layer.compute_dtype)
+        with unlocked(layer):
+            quantize(mode=config.mode, config=config, **kwargs)
+
+    return quantize_wrapper
+
+
+def training_in_call_context():
+    """Returns the `training` value of the outermost running call, or None.
+
+    A user's `call(self, x)` that delegates to `super().call(x)` passes no `training` on; Keras
+    keeps the value in the call context (3.15.1, `Layer.__call__`), which has no public reader.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return None if context is None else context.get_value("training")
+
+
+def set_mask(tensor, mask):
+    """Attaches a Keras mask to a tensor; the public API only reads masks (3.15.1)."""
+    keras_backend.set_keras_mask(tensor, mask)
+
+
+def build_shapes(layer):
+    """Returns the shapes that the layer was built with, by argument name, or None.
+
+    `Layer._build_shapes_dict` (3.15.1); the public `get_build_config` loses the names.
+    """
+    return layer._build_shapes_dict
+
+
+def trace(function, *args, **kwargs):
+    """Runs a function on symbolic tensors without computing anything (3.15.1)."""
+    return keras_backend.compute_output_spec(function, *args, **kwargs)
+
+
+def clear_compiled_state(model):
+    """Makes `fit` and `evaluate` ask for `compile` again, and `predict` trace again.
+
+    `Trainer.compiled` and the traced functions (3.15.1): Keras has no public way to take a
+    `compile` back.
+    """
+    if not getattr(model, "compiled", False):
+        model.predict_function = None
+        return
+    model.compiled = False
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+
+
+def node_inputs(tensor):
+    """Returns the operation that made a symbolic tensor and the symbolic tensors it read.
+
+    `KerasTensor._keras_history` and `Operation._inbound_nodes` (3.15.1): the public graph of a
+    functional model names layers, not which of them make the outputs.
+    """
+    operation, node_index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node_index].input_tensors
+
+
+@contextlib.contextmanager
+def graph_left_untouched(model):
+    """Removes the graph nodes that a symbolic call inside the block adds to the model's layers."""
+    layers = flatten_layers(model)
+    counts = [(layer, len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, inbound, outbound in counts:
+            del layer._inbound_nodes[inbound:]
+            del layer._outbound_nodes[outbound:]
+
+
+def loaded(name):
+    """Returns a module if the user has imported it, without importing it."""
+    return sys.modules.get(name)
+
+
+# --- optimizers: classes, decay, float32 steps, torch's fused kernel -----------------------------
+
+LOW_PRECISION = ("bfloat16", "float16")
+
+
+def active_optimizer_class(stock):
+    """Returns the class that the active backend really uses for a Keras optimizer class.
+
+    On torch `keras.optimizers.AdamW(...)` gives an instance of a subclass with `_foreach` kernels,
+    picked by exact class in `__new__` (3.15.1); a subclass of the public class would miss it.
+    Asking `__new__` creates no variable, and so no device.
+    """
+    return type(stock.__new__(stock))
+
+
+def defined_outside_keras(cls, method):
+    """Whether a class that is not part of Keras defines the method."""
+    return any(
+        method in vars(base) and base.__module__.split(".")[0] != "keras" for base in cls.__mro__
+    )
+
+
+def is_low_precision(variable):
+    """Whether a variable (Keras's or the backend's) has fewer bits than float32."""
+    return keras.backend.standardize_dtype(variable.dtype) in LOW_PRECISION
+
+
+class Float32Copy(keras.Variable):
+    """A float32 stand-in for a low-precision variable during one optimizer step.
+
+    An optimizer that is handed the copy does its mathematics, scalars included, in float32, since
+    Keras casts everything to the dtype of the variable. Only what optimizers use works.
+    `Variable.__init__` is bypassed on purpose: it would create a backend variable (3.15.1).
+    """
+
+    def __init__(self, original):
+        self.original = original
+        self._value = keras.ops.cast(original, "float32")
+        self._shape = original.shape
+        self._ndim = len(original.shape)
+        self._name = original.name
+        self._path = getattr(original, "path", original.name)
+        self._overwrite_with_gradient = False
+
+    @property
+    def value(self):
+        return self._value
+
+    @property
+    def dtype(self):
+        return "float32"
+
+    def assign(self, value):
+        self._value = dense(keras.ops.cast(value, "float32"))
+        return self._value
+
+    def assign_add(self, value):
+        return self.assign(self._value + dense(keras.ops.cast(value, "float32")))
+
+    def assign_sub(self, value):
+        return self.assign(self._value - dense(keras.ops.cast(value, "float32")))
+
+    def write_back(self):
+        """Rounds the result into the original variable."""
+        value = keras.ops.cast(self._value, self.original.dtype)
+        self.original.assign(value)
+
+
+def dense(value):
+    """Returns TensorFlow's `IndexedSlices` as a tensor and anything else as it is.
+
+    `keras.ops.convert_to_tensor` keeps `IndexedSlices` (3.15.1, tensorflow 2.21).
+    """
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is not None and isinstance(value, tensorflow.IndexedSlices):
+        return tensorflow.convert_to_tensor(value)
+    return value
+
+
+def decay(optimizer, variables, decays, multipliers):
+    """Shrinks each variable by 1 - learning_rate * multiplier * decay.
+
+    `_apply_weight_decay` (3.15.1) knows one rate only, and each backend has its own: TensorFlow
+    goes through the distribution strategy, torch through a `_foreach` kernel. In float32 the
+    operations and their order are Keras's on TensorFlow and JAX; low precision is decayed in
+    float32.
+
+    Args:
+        optimizer: The optimizer; its `learning_rate` is read here, under TensorFlow inside the
+            strategy's update.
+        variables: Model variables.
+        decays: Weight decay factors, one a variable; None or 0 for no decay.
+        multipliers: Learning-rate multipliers, one a variable.
+    """
+    rows = [row for row in zip(variables, decays, multipliers, strict=True) if row[1]]
+    backend = keras.backend.backend()
+    if backend == "torch":
+        _torch_decay(optimizer, rows)
+    elif backend == "tensorflow":
+        _tensorflow_decay(optimizer, rows)
+    else:
+        for variable, weight_decay, multiplier in rows:
+            if optimizer._use_weight_decay(variable):
+                step = _decay_step(optimizer, variable, weight_decay, multiplier)
+                variable.assign(variable - step)
+
+
+def scaled_rate(learning_rate, multiplier):
+    """Returns the rate times the multiplier in float32; untouched, and so exact, for 1."""
+    if multiplier == 1.0:
+        return learning_rate
+    return keras.ops.cast(learning_rate, "float32") * multiplier
+
+
+def _decay_step(optimizer, variable, weight_decay, multiplier):
+    dtype = "float32" if is_low_precision(variable) else variable.dtype
+    rate = keras.ops.cast(scaled_rate(optimizer.learning_rate, multiplier), dtype)
+    return keras.ops.cast(variable, dtype) * keras.ops.cast(weight_decay, dtype) * rate
+
+
+def _tensorflow_decay(optimizer, rows):
+    import tensorflow as tf
+
+    def update(variable, weight_decay, multiplier):
+        # Keras asks for the exclusion here, with the backend's variable, whose name is a path.
+        if optimizer._use_weight_decay(variable):
+            step = _decay_step(optimizer, variable, weight_decay, multiplier)
+            if is_low_precision(variable):
+                variable.assign(tf.cast(tf.cast(variable, step.dtype) - step, variable.dtype))
+            else:
+                variable.assign_sub(step)
+
+    def update_all(distribution, rows):
+        for variable, *factors in rows:
+            distribution.extended.update(variable, update, args=factors, group=False)
+
+    rows = [(v.value if isinstance(v, keras.Variable) else v, *factors) for v, *factors in rows]
+    tf.__internal__.distribute.interim.maybe_merge_call(
+        update_all, optimizer._distribution_strategy, rows
+    )
+
+
+def torch_values(variables):
+    """Returns the tensors of variables.
+
+    The property `Variable.value` looks up three scopes each time (3.15.1), which for some hundred
+    small variables takes longer than their step; outside of scopes `_value` is what it returns.
+    """
+    scopes = ("stateless_scope", "autocast_scope", "torch_device")
+    if any(global_state.get_global_attribute(scope) is not None for scope in scopes):
+        return [variable.value for variable in variables]
+    return [variable._value for variable in variables]
+
+
+def torch_groups(variables, keys):
+    """Groups variable positions by key, dtype and device, as torch's list kernels want them."""
+    groups: dict = {}
+    values = torch_values(variables)
+    for position, (value, key) in enumerate(zip(values, keys, strict=True)):
+        groups.setdefault((key, value.dtype, value.device), []).append(position)
+    return groups
+
+
+def _torch_decay(optimizer, rows):
+    import torch
+
+    rows = [row for row in rows if optimizer._use_weight_decay(row[0])]
+    if not rows:
+        return
+    variables, *factors = zip(*rows, strict=True)
+    all_values = torch_values(variables)
+    groups = torch_groups(variables, zip(*factors, strict=True))
+    with torch.no_grad():
+        rate = keras.ops.cast(optimizer.learning_rate, "float32")
+        for ((weight_decay, multiplier), dtype, _), positions in groups.items():
+            keep = 1 - weight_decay * scaled_rate(rate, multiplier)
+            values = [all_values[i] for i in positions]
+            if dtype in (torch.bfloat16, torch.float16):
+                wide = [value.float() for value in values]
+                torch._foreach_mul_(wide, keep)
+                torch._foreach_copy_(values, wide)
+            else:
+                torch._foreach_mul_(values, keep)
+
+
+def torch_write_back(copies):
+    """Rounds the results of a low-precision group into the variables, in one kernel."""
+    import torch
+
+    originals = torch_values([copy.original for copy in copies])
+    torch._foreach_copy_(originals, [copy.value for copy in copies])
+
+
+def torch_matching_gradients(gradients, variables):
+    """Returns gradients in the dtype of their variables, which `_foreach` kernels expect."""
+    return [
+        gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
+        for gradient, value in zip(gradients, torch_values(variables), strict=True)
+    ]
+
+
+def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
+    """Does one Adam step for float32 variables of one device in torch's fused kernel.
+
+    The kernel adds epsilon after the bias correction, Keras before it. With step counts so large
+    that the kernel's own corrections are 1, and the corrections in the rate, it computes what
+    Keras does: `rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)`. Its own
+    weight decay would use that corrected rate, so it is off. Checked on torch 2.13.0.
+
+    Args:
+        optimizer: The Adam optimizer, for its betas, epsilon and iteration count.
+        gradients: Gradients, one a variable.
+        variables: Model variables.
+        learning_rate: Their common rate.
+        slots: Pairs (momentum, velocity), one a variable.
+
+    Returns:
+        False, and nothing done, where the kernel does not apply: another dtype, a device without
+        it, a variable whose memory is not contiguous, or a beta of 1, which never saturates.
+    """
+    import torch
+
+    values = torch_values(variables)
+    device = values[0].device
+    if values[0].dtype != torch.float32 or device.type not in ("cpu", "cuda"):
+        return False
+    if not all(value.is_contiguous() for value in values):
+        return False
+    if max(optimizer.beta_1, optimizer.beta_2) >= 1:
+        return False
+    step = keras.ops.cast(optimizer.iterations + 1, "float32")
+    beta_1_power = optimizer.beta_1**step
+    beta_2_power = optimizer.beta_2**step
+    correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+    rate = keras.ops.cast(learning_rate, "float32") * correction
+    # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
+    saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
+    torch._fused_adam_(
+        values,
+        # The kernel reads memory in order, whatever the strides say.
+        [gradient.contiguous() for gradient in gradients],
+        torch_values(momentum for momentum, _ in slots),
+        torch_values(velocity for _, velocity in slots),
+        [],
+        [saturated] * len(values),
+        lr=rate,
+        beta1=optimizer.beta_1,
+        beta2=optimizer.beta_2,
+        weight_decay=0.0,
+        eps=optimizer.epsilon,
+        amsgrad=False,
+        maximize=False,
+    )
+    return True

@@ -1,0 +1,264 @@
+"""What every LoRA+ optimizer adds to the Keras optimizer it derives from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_loraplus import _compat
+from keras_loraplus.optimizers.assignments import Assignment, Assignments
+from keras_loraplus.optimizers.multipliers import Multiplier, Settings, plan_multipliers, shorten
+from keras_loraplus.optimizers.steps import StepMixin
+
+
+class _State:
+    """LoRA+ state of one optimizer.
+
+    It is one object that Keras and TensorFlow do not look into: both replace lists and dictionaries
+    assigned to an optimizer by tracking wrappers, which are neither plain JSON nor indexable by
+    position while a graph is traced.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.table: list[Multiplier] = []
+        self.multipliers: list[float] = []
+        self.has_low_precision = False
+        self.in_apply = False
+        # What `exclude_from_weight_decay` was given: names, variables, and paths from a config.
+        self.excluded_names: list[str] = []
+        self.excluded_variables: list[Any] = []
+        self.excluded_paths: list[str] = []
+
+
+def path_of(variable: Any) -> str:
+    """Returns the path of a variable, or its name where it has none (a bare `tf.Variable`)."""
+    return getattr(variable, "path", variable.name)
+
+
+class LoRAPlusMixin(StepMixin):
+    """Learning-rate multipliers for a Keras optimizer, decided once in `build`.
+
+    Args:
+        *args: Positional arguments of the Keras optimizer.
+        lr_ratio: Rate of B over the rate of A.
+        lr_multipliers: Variable path or regular expression -> factor, or None.
+        embedding_lr_multiplier: Factor on both sides of adapted embeddings.
+        **kwargs: Arguments of the Keras optimizer.
+
+    It stands before the Keras class in the order of resolution; `StepMixin` is the part that acts
+    in a step.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lr_ratio: float = 16.0,
+        lr_multipliers: dict[str, float] | None = None,
+        embedding_lr_multiplier: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        settings = Settings(lr_ratio, lr_multipliers, embedding_lr_multiplier)
+        if kwargs.get("name") is None:
+            # Keras would turn the class name into `lo_ra_plus_...`.
+            kwargs["name"] = type(self).__name__.lower()
+        super().__init__(*args, **kwargs)
+        self._loraplus = _State(settings)
+
+    # --- arguments and config ---
+
+    @property
+    def lr_ratio(self) -> float:
+        """Rate of B over the rate of A."""
+        return self._loraplus.settings.lr_ratio
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """Variable path or regular expression -> factor."""
+        return dict(self._loraplus.settings.lr_multipliers or {})
+
+    @property
+    def embedding_lr_multiplier(self) -> float:
+        """Factor on both sides of adapted embeddings."""
+        return self._loraplus.settings.embedding_lr_multiplier
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the Keras optimizer's config, the LoRA+ arguments and the decay exclusions."""
+        config = super().get_config()
+        config["lr_ratio"] = self.lr_ratio
+        config["lr_multipliers"] = self.lr_multipliers
+        config["embedding_lr_multiplier"] = self.embedding_lr_multiplier
+        state = self._loraplus
+        paths = state.excluded_paths + [
+            path_of(variable) for variable in state.excluded_variables if variable.trainable
+        ]
+        if state.excluded_names or paths:
+            config["exclude_from_weight_decay"] = {
+                "var_names": list(state.excluded_names),
+                "var_paths": paths,
+            }
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Returns an optimizer with this config, decay exclusions included."""
+        config = dict(config)
+        excluded = config.pop("exclude_from_weight_decay", None)
+        optimizer = super().from_config(config, custom_objects)
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
+            optimizer._loraplus.excluded_paths = list(excluded["var_paths"])
+        return optimizer
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from weight decay, as in Keras, and remembers them for the config.
+
+        Args:
+            var_list: Variables to exclude. The config keeps their paths.
+            var_names: Strings; a variable whose name contains one is excluded.
+        """
+        super().exclude_from_weight_decay(var_list, var_names)
+        self._loraplus.excluded_names = list(var_names or [])
+        self._loraplus.excluded_variables = list(var_list or [])
+        self._loraplus.excluded_paths = []
+
+    # --- build ---
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the optimizer's state and decides every variable's multiplier.
+
+        Calling it again with the same variables, or some of them, does nothing.
+
+        Args:
+            variables: Trainable variables.
+
+        Raises:
+            ValueError: A pattern of `lr_multipliers` matches no variable, two match the same one,
+                or the optimizer has been built on other variables. Nothing has been changed.
+        """
+        variables = list(variables)
+        if self._is_built:
+            self._refuse_other_variables(variables)
+            return
+        state = self._loraplus
+        table = plan_multipliers([path_of(variable) for variable in variables], state.settings)
+        self._resolve_excluded_paths(variables)
+        super().build(variables)
+        state.table = table
+        state.multipliers = [row.value for row in table]
+        state.has_low_precision = any(_compat.is_low_precision(v) for v in variables)
+        for name in self._advanced_once:
+            self._widen(name)
+
+    @property
+    def built(self) -> bool:
+        """Whether the optimizer has its state for what the model trains now.
+
+        False again once a variable that it was built on has been frozen: Keras's trainers then call
+        `build`, which refuses variables it does not know. Without that the JAX trainer would fail
+        while tracing, when it has already taken the values out of the model.
+        """
+        if not self._is_built or self._loraplus.in_apply:
+            return self._is_built
+        return all(variable.trainable for variable in self._trainable_variables)
+
+    @built.setter
+    def built(self, value: bool) -> None:
+        self._is_built = value
+
+    def _refuse_other_variables(self, variables: Sequence[Any]) -> None:
+        known = self._trainable_variables_indices
+        unknown = [path_of(v) for v in variables if self._var_key(v) not in known]
+        # Keras's JAX trainer passes state by position and cannot leave a variable out.
+        missing = keras.backend.backend() == "jax" and len(variables) < len(known)
+        if unknown or missing:
+            built_on = shorten([path_of(v) for v in self._trainable_variables])
+            received = (
+                f"variables it does not know: {shorten(unknown)}"
+                if unknown
+                else f"only {len(variables)} of them: {shorten([path_of(v) for v in variables])}"
+            )
+            raise ValueError(
+                f"This {type(self).__name__} can only train the variables that it was built on: "
+                f"{built_on}. Received {received}. What is trainable has changed since; create a "
+                "new optimizer and call `model.compile` with it. Nothing has been changed."
+            )
+
+    def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
+        known = self._trainable_variables_indices
+        if any(self._var_key(variable) not in known for variable in variables):
+            self._refuse_other_variables(variables)
+
+    def _resolve_excluded_paths(self, variables: Sequence[Any]) -> None:
+        """Turns the paths of a restored config back into variables."""
+        state = self._loraplus
+        if not state.excluded_paths:
+            return
+        excluded = [v for v in variables if path_of(v) in state.excluded_paths]
+        lost = sorted(set(state.excluded_paths) - {path_of(v) for v in excluded})
+        if lost:
+            raise ValueError(
+                "The config excludes variables from weight decay that are not among the trainable "
+                f"ones: {lost}; trainable are {shorten([path_of(v) for v in variables])}. Call "
+                "`optimizer.exclude_from_weight_decay(...)` again before training."
+            )
+        self.exclude_from_weight_decay(excluded, state.excluded_names)
+
+    def add_variable(
+        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        """Adds an optimizer variable; moments of a low-precision variable are float32."""
+        dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
+        if dtype in _compat.LOW_PRECISION:
+            dtype = "float32"
+        return super().add_variable(shape, initializer, dtype, **kwargs)
+
+    def _widen(self, name: str) -> None:
+        """Makes a scalar that Keras created in the dtype of the first variable float32."""
+        variable = getattr(self, name)
+        if _compat.is_low_precision(variable):
+            self._untrack_variable(variable)
+            setattr(self, name, self.add_variable((), "ones", "float32", name=name.strip("_")))
+
+    # --- assignments ---
+
+    def assignments(self, variables: Sequence[Any] | None = None) -> Assignments:
+        """Tells at which rate each variable trains now.
+
+        Args:
+            variables: Variables to plan for before `build`; None for those it was built on.
+
+        Returns:
+            A list of records with `path`, `role`, `shape`, `multiplier`, `learning_rate` and
+            `pattern`; printing it gives a table.
+
+        Raises:
+            ValueError: The optimizer is not built and no variables are given.
+        """
+        state = self._loraplus
+        if self._is_built:
+            if variables is not None:
+                self._refuse_other_variables(variables)
+            variables, table = self._trainable_variables, state.table
+        elif variables is None:
+            raise ValueError(
+                "Expected an optimizer that has been built. This one knows no variables yet; "
+                "call `optimizer.build(model.trainable_variables)`, or use "
+                "`keras_loraplus.assignments(model)` on the compiled model."
+            )
+        else:
+            table = plan_multipliers([path_of(variable) for variable in variables], state.settings)
+        rate = float(keras.ops.convert_to_numpy(self.learning_rate))
+        return Assignments(
+            Assignment(
+                path=row.path,
+                role=row.role,
+                shape=tuple(variable.shape),
+                multiplier=row.value,
+                learning_rate=rate * row.value,
+                pattern=row.pattern,
+            )
+            for variable, row in zip(variables, table, strict=True)
+        )
