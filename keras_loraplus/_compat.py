@@ -96,7 +96,7 @@ def freeze_variables(layer, variables):
     """
     chosen = {id(variable) for variable in variables}
     trainable = layer._trainable_variables
-    moved = []
+    moved: list = []
     for variable in reversed(list(trainable)):
         if id(variable) not in chosen:
             break

@@ -1,0 +1,309 @@
+"""What every LoRA+ layer shares: settings, freezing, dropout, files and merging."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from keras_loraplus import _compat
+from keras_loraplus.layers.spec import AdapterSpec
+
+if TYPE_CHECKING:
+    # The mixin stands in front of a Keras layer and uses its attributes.
+    from keras.layers import Layer as _Mixed
+else:
+    _Mixed = object
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """One frozen matrix of a layer and the two factors beside it.
+
+    Attributes:
+        kernel: Name of the attribute that holds the frozen variable.
+        a: Name of the attribute that holds A.
+        b: Name of the attribute that holds B.
+        product: Function of the float32 values of A and B that returns A B in the
+            kernel's shape.
+    """
+
+    kernel: str
+    a: str
+    b: str
+    product: Any
+
+
+class LowRankLayer(_Mixed):
+    """Mixin in front of a Keras layer that freezes its kernel and adds `s (x A) B`.
+
+    A subclass creates its factors in `_build_factors`, adds them in `call`, and lists them in
+    `_factors`. The scale s is a non-trainable float32 scalar, so that merging and disabling also
+    hold in functions that were traced before.
+    """
+
+    # The Keras class that merging leaves behind.
+    plain_class: type
+
+    def __init__(
+        self, *args, rank=8, alpha=None, init="loraplus", scaling="standard", dropout=0.0, **kwargs
+    ):
+        """Checks the adapter's settings, then makes the Keras layer."""
+        if kwargs.pop("lora_rank", None) is not None or kwargs.pop("lora_alpha", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes `rank` and `alpha`, not Keras's `lora_rank` and "
+                "`lora_alpha`. Pass rank=... and alpha=... instead."
+            )
+        spec = AdapterSpec(rank, alpha, init, scaling, dropout)
+        # Before Keras's own __init__, because `Embedding(weights=...)` builds inside it; past
+        # __setattr__, because that needs it. An adopting class has put its own settings already.
+        self.__dict__.setdefault("_adapter", spec)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def adapter(self):
+        """The adapter's settings, an `AdapterSpec`."""
+        return self._adapter
+
+    def build(self, *args, **kwargs):
+        """Builds the Keras layer, then freezes its kernel and creates A, B and the scale."""
+        super().build(*args, **kwargs)
+        if not hasattr(self, "lora_scaling"):
+            self._build_adapter()
+
+    def _build_adapter(self):
+        self._check_adaptable()
+        _compat.freeze_variables(self, [getattr(self, pair.kernel) for pair in self._factors()])
+        self._build_factors(self._adapter)
+        self.lora_scaling = self.add_weight(
+            name="lora_scaling",
+            shape=(),
+            initializer=keras.initializers.Constant(self._adapter.scale),
+            dtype="float32",
+            autocast=False,
+            trainable=False,
+        )
+        if self._adapter.dropout:
+            self.lora_seed_generator = keras.random.SeedGenerator()
+
+    def _add_factor(self, name, shape, initializer):
+        # autocast=False: A and B are read in float32 under every policy and cast once, after
+        # the scale has been applied.
+        return self.add_weight(
+            name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False
+        )
+
+    def _build_factors(self, spec):
+        raise NotImplementedError
+
+    def _factors(self):
+        raise NotImplementedError
+
+    def _check_adaptable(self):
+        reason = self.why_not_adaptable(self)
+        if reason:
+            raise ValueError(f"Layer '{self.name}' cannot have an adapter: {reason}.")
+
+    @classmethod
+    def why_not_adaptable(cls, layer):
+        """Returns why a built Keras layer cannot carry this adapter, or None.
+
+        Args:
+            layer: A built layer of the Keras class that this class extends.
+
+        Returns:
+            A short text, or None if the layer can be adapted.
+        """
+        if getattr(layer, "kernel_constraint", None) is not None:
+            return "its kernel_constraint would hold for W alone, not for W + s A B"
+        if layer.quantization_mode is not None:
+            return f"it is quantized to {layer.quantization_mode}"
+        if getattr(layer, "lora_enabled", False):
+            return "Keras's own LoRA is enabled on it"
+        return None
+
+    @classmethod
+    def from_layer(
+        cls, layer, rank=8, alpha=None, init="loraplus", scaling="standard", dropout=0.0
+    ):
+        """Gives a built Keras layer an adapter in place.
+
+        The layer stays the same object, in every model and graph that holds it; its kernel is
+        frozen and A and B train beside it. Its outputs do not change, because A B is zero.
+
+        Args:
+            layer: A built layer of the Keras class that this class extends, or of a subclass of it
+                whose `call` delegates to `super().call(...)`.
+            rank: Positive integer r.
+            alpha: Strength; `None` means `rank`.
+            init: `"loraplus"`, `"lora"` or a pair of Keras initializers.
+            scaling: `"standard"` or `"rslora"`.
+            dropout: Rate at which the adapter's input is dropped while training.
+
+        Returns:
+            The same layer object, now an instance of this class.
+
+        Raises:
+            ValueError: If the layer or a setting does not fit; the layer is unchanged.
+
+        Example:
+            >>> dense = keras.layers.Dense(4)
+            >>> dense.build((None, 3))
+            >>> LoRAPlusDense.from_layer(dense, rank=2) is dense
+            True
+        """
+        from keras_loraplus.layers.adopt import adopt, lora_class_for
+
+        spec = AdapterSpec(rank, alpha, init, scaling, dropout)
+        found = lora_class_for(type(layer))
+        if found is None or not issubclass(found, cls):
+            raise ValueError(
+                f"{cls.__name__}.from_layer expects a built `{cls.plain_class.__name__}` layer. "
+                f"Received: {layer!r} of type {type(layer).__name__}."
+            )
+        return adopt(layer, spec)
+
+    def _scaled(self, a, b):
+        """Returns A and s B in the compute dtype; the scale is applied in float32."""
+        dtype = self.compute_dtype
+        scaled = ops.multiply(ops.convert_to_tensor(b), ops.convert_to_tensor(self.lora_scaling))
+        return ops.cast(a, dtype), ops.cast(scaled, dtype)
+
+    def _dropped(self, inputs, training, noise_shape=None):
+        """Drops parts of the adapter's input while training."""
+        if not self._adapter.dropout:
+            return inputs
+        if training is None:
+            training = self.__dict__.get("_lora_training")
+        if training is None:
+            training = _compat.training_in_call_context()
+        if not training:
+            return inputs
+        return keras.random.dropout(
+            inputs, self._adapter.dropout, noise_shape=noise_shape, seed=self.lora_seed_generator
+        )
+
+    def merged_values(self):
+        """Returns `W + s A B` for every frozen matrix of the layer.
+
+        The sum is formed in float32 and cast to the matrix's own dtype.
+
+        Returns:
+            Dict from the attribute name of the frozen variable to its merged value.
+        """
+        merged = {}
+        for pair in self._factors():
+            kernel = getattr(self, pair.kernel)
+            delta = ops.multiply(
+                pair.product(
+                    ops.convert_to_tensor(getattr(self, pair.a)),
+                    ops.convert_to_tensor(getattr(self, pair.b)),
+                ),
+                self.adapter.scale,
+            )
+            total = ops.add(ops.cast(kernel, "float32"), delta)
+            merged[pair.kernel] = ops.cast(total, kernel.dtype)
+        return merged
+
+    def adapter_variables(self):
+        """Returns the names and variables of A and B, in the order A, B."""
+        return {name: getattr(self, name) for pair in self._factors() for name in (pair.a, pair.b)}
+
+    def enable_lora(self, *args, **kwargs):
+        """Refuses Keras's own LoRA on a layer that has this one.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"Layer '{self.name}' already has a LoRA+ adapter of rank {self.adapter.rank}; Keras's "
+            "`enable_lora` cannot be added to it. Merge it first: "
+            "`keras_loraplus.merge_lora_plus(model)`."
+        )
+
+    def quantize(self, *args, **kwargs):
+        """Refuses to quantize a layer that has an adapter.
+
+        Raises:
+            NotImplementedError: Always; `Model.quantize` reports it as a warning and leaves the
+                layer in floating point.
+        """
+        raise NotImplementedError(
+            f"Layer '{self.name}' has a LoRA+ adapter and is not quantized. Merge first: "
+            "`keras_loraplus.merge_lora_plus(model)`, then quantize."
+        )
+
+    def save_own_variables(self, store):
+        """Stores the frozen layer under its usual keys, and A, B and s under their names."""
+        super().save_own_variables(store)
+        if not self.built:
+            return
+        for name, variable in self.adapter_variables().items():
+            store[name] = variable
+        store["lora_scaling"] = ops.convert_to_numpy(self.adapter.scale)
+
+    def load_own_variables(self, store):
+        """Loads the frozen layer, and A and B where the file has them.
+
+        A file of the model before it was adapted holds no factors: it restores the frozen weights
+        and leaves A and B as they are.
+
+        Raises:
+            ValueError: If some but not all of the factors are there, a shape differs, or the file
+                was written at another alpha / rank.
+        """
+        factors = self.adapter_variables()
+        found = [name for name in (*factors, "lora_scaling") if name in store.keys()]
+        if found:
+            self._check_factors_in(store, factors, found)
+        plain = {key: store[key] for key in store.keys() if key not in found}
+        super().load_own_variables(plain)
+        for name, variable in factors.items():
+            if found:
+                variable.assign(store[name])
+
+    def _check_factors_in(self, store, factors, found):
+        missing = sorted({*factors, "lora_scaling"} - set(found))
+        if missing:
+            raise ValueError(
+                f"The file holds only a part of the adapter of layer '{self.name}'. "
+                f"Missing: {missing}. Found: {found}."
+            )
+        for name, variable in factors.items():
+            if tuple(store[name].shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"'{name}' of layer '{self.name}' has shape {tuple(variable.shape)} but the "
+                    f"file holds {tuple(store[name].shape)}. Enable the adapter with the rank "
+                    "that the file was saved with."
+                )
+        scale = float(ops.convert_to_numpy(store["lora_scaling"][()]))
+        if abs(scale - self.adapter.scale) > 1e-6 * abs(self.adapter.scale):
+            raise ValueError(
+                f"The adapter of layer '{self.name}' was saved with alpha / rank scaling {scale:g} "
+                f"but this layer has {self.adapter.scale:g}. Enable it with the alpha and scaling "
+                "that the file was saved with."
+            )
+
+    def _check_load_own_variables(self, store):
+        # Keras compares the number of entries with all variables of the layer; here the entries
+        # are those of the frozen layer alone.
+        adapter = {id(variable) for variable in self.adapter_variables().values()}
+        adapter.add(id(self.lora_scaling))
+        expected = [v.name for v in _compat.own_variables(self) if id(v) not in adapter]
+        if len(store.keys()) != len(expected):
+            raise ValueError(
+                f"Layer '{self.name}' expected {len(expected)} frozen variables ({expected}) but "
+                f"the file holds {len(store.keys())} for it. Was it saved from another model?"
+            )
+
+    def get_config(self):
+        """Returns the Keras layer's config and the adapter's settings."""
+        config = super().get_config()
+        config.pop("lora_rank", None)
+        config.pop("lora_alpha", None)
+        return {**config, **self._adapter.get_config()}
+
+
+def is_adapted(layer):
+    """Whether the layer carries a LoRA+ adapter."""
+    return isinstance(layer, LowRankLayer)

@@ -1,0 +1,181 @@
+"""`keras.layers.Embedding` and `ReversibleEmbedding` with a low-rank adapter."""
+
+import keras
+from keras import ops
+
+from keras_loraplus import _compat
+from keras_loraplus.layers.base import Factors, LowRankLayer
+from keras_loraplus.layers.spec import embedding_initializers, factor_initializers
+
+
+@keras.saving.register_keras_serializable("keras_loraplus")
+class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
+    """An embedding that trains two thin matrices beside a frozen table.
+
+        y[t] = E[t] + s A[t] B,    s = alpha / rank
+
+    Rows of A (r wide) are gathered and multiplied by B; the (vocabulary, dim) product A B is
+    never formed.
+
+    Args:
+        *args: Arguments of `keras.layers.Embedding`: `input_dim`, `output_dim`.
+        rank: Positive integer r. Defaults to 8.
+        alpha: Strength; `None` means `rank`, a scale of 1.
+        init: `"loraplus"` (A = 0, B ~ U(-1/sqrt(r), 1/sqrt(r))), `"lora"` (A = 0, B ~ N(0, 1), as
+            PEFT), or a pair of Keras initializers of which exactly one is zeros.
+        scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
+        dropout: Rate at which the adapter's input, a one-hot row per token, is dropped while
+            training: the whole token loses its `s A[t] B`.
+        **kwargs: Further arguments of `keras.layers.Embedding`.
+
+    Input shape:
+        Integers, `(batch, ...)`.
+
+    Output shape:
+        `(batch, ..., output_dim)`, in the compute dtype of the layer's policy.
+
+    Variables:
+        `embeddings` (input_dim, output_dim) frozen; `lora_embeddings_a` (input_dim, r) and
+        `lora_embeddings_b` (r, output_dim) float32; `lora_scaling` () frozen.
+
+    Raises:
+        ValueError: If a setting is out of range, or the layer has a constraint.
+
+    Example:
+        >>> layer = LoRAPlusEmbedding(10, 4, rank=2)
+        >>> layer(keras.ops.array([[1, 2, 3]])).shape[-1]
+        4
+        >>> [v.name for v in layer.trainable_variables]
+        ['lora_embeddings_a', 'lora_embeddings_b']
+
+    Source: Hu et al., arXiv 2106.09685; arXiv 2402.12354; PEFT's embedding initialisation.
+    """
+
+    plain_class = keras.layers.Embedding
+
+    def _build_factors(self, spec):
+        a_init, b_init = embedding_initializers(spec.init, spec.rank)
+        self.lora_embeddings_a = self._add_factor(
+            "lora_embeddings_a", (self.input_dim, spec.rank), a_init
+        )
+        self.lora_embeddings_b = self._add_factor(
+            "lora_embeddings_b", (spec.rank, self.output_dim), b_init
+        )
+
+    def _factors(self):
+        return (Factors("_embeddings", "lora_embeddings_a", "lora_embeddings_b", ops.matmul),)
+
+    @classmethod
+    def why_not_adaptable(cls, layer):
+        """Returns why a built `Embedding` cannot carry the adapter, or None."""
+        if getattr(layer, "embeddings_constraint", None) is not None:
+            return "its embeddings_constraint would hold for E alone, not for E + s A B"
+        return super().why_not_adaptable(layer)
+
+    def compute_output_spec(self, inputs, training=None):
+        """Returns the symbolic output; Keras's own takes no `training`."""
+        return super().compute_output_spec(inputs)
+
+    def call(self, inputs, training=None):
+        """Returns `E[t] + s A[t] B` for every token t."""
+        if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
+            inputs = ops.cast(inputs, "int32")
+        a, b = self._scaled(self.lora_embeddings_a, self.lora_embeddings_b)
+        rows = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
+        inner = ops.take(a, inputs, axis=0)  # (..., r)
+        if self.adapter.dropout:
+            one_draw_per_token = (None,) * (len(inner.shape) - 1) + (1,)
+            inner = self._dropped(inner, training, noise_shape=one_draw_per_token)
+        return ops.add(rows, ops.matmul(inner, b))
+
+
+@keras.saving.register_keras_serializable("keras_loraplus")
+class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbedding):
+    """A reversible embedding that trains thin matrices beside its frozen tables.
+
+        forward:           y[t]   = E[t] + s A[t] B
+        reverse, tied:     logits = x E^T + s (x B^T) A^T
+        reverse, untied:   logits = x R   + s (x C) D
+
+    Tied weights share one adapter in both directions. Untied weights have one each: A and B on
+    the table E (`lora_embeddings_a`, `lora_embeddings_b`), C and D on the output projection R
+    (`lora_kernel_a`, `lora_kernel_b`), initialised as those of a dense layer.
+
+    Args:
+        *args: Arguments of `keras.layers.ReversibleEmbedding`: `input_dim`, `output_dim`,
+            `tie_weights`.
+        rank: Positive integer r. Defaults to 8.
+        alpha: Strength; `None` means `rank`, a scale of 1.
+        init: As for `LoRAPlusEmbedding`.
+        scaling: `"standard"` or `"rslora"`.
+        dropout: Rate at which the adapter's input is dropped while training; in reverse it is an
+            ordinary dropout of x.
+        **kwargs: Further arguments of `keras.layers.ReversibleEmbedding`.
+
+    Input shape:
+        Forward: integers, `(batch, ...)`. Reverse: `(batch, ..., output_dim)`.
+
+    Output shape:
+        Forward: `(batch, ..., output_dim)`. Reverse: `(batch, ..., input_dim)`.
+
+    Raises:
+        ValueError: If a setting is out of range, or the layer has a constraint.
+
+    Example:
+        >>> layer = LoRAPlusReversibleEmbedding(10, 4, rank=2)
+        >>> hidden = layer(keras.ops.array([[1, 2, 3]]))
+        >>> layer(hidden, reverse=True).shape[-1]
+        10
+
+    Source: Press and Wolf, arXiv 1608.05859; Hu et al., arXiv 2106.09685; arXiv 2402.12354.
+    """
+
+    plain_class = keras.layers.ReversibleEmbedding
+
+    def _build_factors(self, spec):
+        super()._build_factors(spec)
+        if self.tie_weights:
+            return
+        a_init, b_init = factor_initializers(spec.init, self.output_dim, spec.rank)
+        self.lora_kernel_a = self._add_factor("lora_kernel_a", (self.output_dim, spec.rank), a_init)
+        self.lora_kernel_b = self._add_factor("lora_kernel_b", (spec.rank, self.input_dim), b_init)
+
+    def _factors(self):
+        pairs = super()._factors()
+        if self.tie_weights:
+            return pairs
+        reverse = Factors("reverse_embeddings", "lora_kernel_a", "lora_kernel_b", ops.matmul)
+        return (*pairs, reverse)
+
+    def compute_output_spec(self, inputs, reverse=False, training=None):  # type: ignore[override]
+        """Returns the symbolic output; Keras's own takes no `training`."""
+        return keras.layers.ReversibleEmbedding.compute_output_spec(self, inputs, reverse=reverse)
+
+    def call(self, inputs, reverse=False, training=None):  # type: ignore[override]
+        """Returns embeddings, or logits if `reverse`."""
+        if not reverse:
+            outputs = super().call(inputs, training=training)
+            # `ReversibleEmbedding.compute_mask` returns None on purpose: it must not mask
+            # logits. The forward mask is set here, as Keras does.
+            if self.mask_zero:
+                _compat.set_mask(outputs, ops.not_equal(inputs, 0))
+            return outputs
+        return self._reverse(inputs, training)
+
+    def _reverse(self, inputs, training):
+        if self.tie_weights:
+            a, b = self._scaled(self.lora_embeddings_a, self.lora_embeddings_b)
+            kernel, down, up = ops.transpose(self.embeddings), ops.transpose(b), ops.transpose(a)
+        else:
+            down, up = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
+            kernel = self.reverse_embeddings
+        if self.reverse_dtype is not None:
+            inputs, kernel, down, up = (
+                ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, kernel, down, up)
+            )
+        inner = ops.matmul(self._dropped(inputs, training), down)  # (..., r)
+        logits = ops.add(ops.matmul(inputs, kernel), ops.matmul(inner, up))
+        if self.logit_soft_cap is not None:
+            cap = self.logit_soft_cap
+            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
+        return logits

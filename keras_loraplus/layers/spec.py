@@ -1,0 +1,203 @@
+"""What an adapter is: rank, strength, initialisers and dropout, checked once."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import keras
+
+INITS = ("loraplus", "lora")
+SCALINGS = ("standard", "rslora")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """The settings of one low-rank adapter.
+
+    The adapter adds `s (x A) B` to a layer's product `x W`, with
+
+        s = alpha / rank           for scaling="standard"
+        s = alpha / sqrt(rank)     for scaling="rslora"   (arXiv 2312.03732)
+
+    Args:
+        rank: Positive integer r, the inner width of A (n, r) and B (r, m).
+        alpha: Positive number, the strength; `None` means `rank`, so that the
+            standard scaling is 1.
+        init: `"loraplus"` (A zero, B uniform), `"lora"` (A uniform, B zero), or a
+            pair `(a_initializer, b_initializer)` of Keras initializers of which
+            exactly one is zeros.
+        scaling: `"standard"` or `"rslora"`.
+        dropout: Float in [0, 1), the rate at which the adapter's input is dropped
+            while training.
+
+    Raises:
+        ValueError: If any argument is out of its range; nothing else is touched.
+
+    Example:
+        >>> AdapterSpec(rank=8, alpha=16).scale
+        2.0
+
+    Source: Hu et al., arXiv 2106.09685; Hayou et al., arXiv 2402.12354.
+    """
+
+    rank: int
+    alpha: float | None = None
+    init: Any = "loraplus"
+    scaling: str = "standard"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        """Checks every setting and fills in what has a default."""
+        object.__setattr__(self, "rank", _checked_rank(self.rank))
+        alpha = self.rank if self.alpha is None else self.alpha
+        object.__setattr__(self, "alpha", _checked_alpha(alpha))
+        object.__setattr__(self, "init", _checked_init(self.init))
+        if self.scaling not in SCALINGS:
+            raise ValueError(
+                f"`scaling` must be one of {list(SCALINGS)}. Received: scaling={self.scaling!r}."
+            )
+        object.__setattr__(self, "dropout", _checked_dropout(self.dropout))
+
+    @property
+    def scale(self):
+        """The factor s on the product A B, a Python float."""
+        assert self.alpha is not None  # filled in by __post_init__
+        divisor = self.rank if self.scaling == "standard" else math.sqrt(self.rank)
+        return float(self.alpha / divisor)
+
+    def get_config(self):
+        """Returns the settings as plain JSON values."""
+        init = self.init
+        if not isinstance(init, str):
+            init = [keras.initializers.serialize(part) for part in init]
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "init": init,
+            "scaling": self.scaling,
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Rebuilds the settings that `get_config` returned."""
+        return cls(**config)
+
+
+def _checked_rank(rank):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise ValueError(
+            "`rank` must be a positive integer, for example 8. "
+            f"Received: rank={rank!r} (of type {type(rank).__name__})."
+        )
+    return int(rank)
+
+
+def _is_real(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _checked_alpha(alpha):
+    if not _is_real(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(
+            "`alpha` must be a positive finite number, or None for alpha = rank. "
+            f"Received: alpha={alpha!r} (of type {type(alpha).__name__})."
+        )
+    return int(alpha) if isinstance(alpha, numbers.Integral) else float(alpha)
+
+
+def _checked_dropout(dropout):
+    if not _is_real(dropout) or not 0 <= dropout < 1:
+        raise ValueError(
+            "`dropout` must be a number from 0 (none) up to but not including 1. "
+            f"Received: dropout={dropout!r} (of type {type(dropout).__name__})."
+        )
+    return float(dropout)
+
+
+def _checked_init(init):
+    if isinstance(init, str):
+        if init in INITS:
+            return init
+    elif isinstance(init, (tuple, list)) and len(init) == 2:
+        pair = tuple(_as_initializer(part, init) for part in init)
+        zeros = [isinstance(part, keras.initializers.Zeros) for part in pair]
+        if sum(zeros) != 1:
+            problem = (
+                "neither is zeros, so that enabling would change the model's outputs"
+                if not any(zeros)
+                else "both are zeros, so that neither could ever receive a gradient"
+            )
+            raise ValueError(
+                "A pair of initializers for (A, B) must have exactly one "
+                f'`keras.initializers.Zeros`; {problem}. Received: init={init!r}. Use "loraplus" '
+                '(A zero, B random), "lora" (A random, B zero), or a pair such as '
+                '("zeros", keras.initializers.RandomNormal(stddev=0.3)).'
+            )
+        return pair
+    raise ValueError(
+        f"`init` must be one of {list(INITS)} or a pair (a_initializer, b_initializer) of "
+        f"Keras initializers. Received: init={init!r}."
+    )
+
+
+def _as_initializer(part, init):
+    try:
+        found = keras.initializers.get(part)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"Each entry of the pair `init` must be a Keras initializer. Received: init={init!r}: "
+            f"{error}"
+        ) from error
+    if found is None:
+        raise ValueError(
+            f"Each entry of the pair `init` must be a Keras initializer. Received: init={init!r}."
+        )
+    return found
+
+
+def factor_initializers(init, fan_in, rank):
+    """Returns the initializers of A and B.
+
+    `"loraplus"`: A = 0, B ~ U(-1/sqrt(rank), 1/sqrt(rank)).
+    `"lora"`: A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), B = 0.
+    These are the Kaiming-uniform (a = sqrt 5) bounds of the torch reference. A pair
+    is copied, so that layers with equal settings do not start with equal factors.
+
+    Args:
+        init: A checked `AdapterSpec.init`.
+        fan_in: Number of inputs that A contracts.
+        rank: The adapter's rank.
+
+    Returns:
+        Tuple `(a_initializer, b_initializer)`.
+    """
+    if init == "loraplus":
+        return keras.initializers.Zeros(), _symmetric_uniform(rank)
+    if init == "lora":
+        return _symmetric_uniform(fan_in), keras.initializers.Zeros()
+    return tuple(part.clone() for part in init)
+
+
+def embedding_initializers(init, rank):
+    """Returns the initializers of an embedding's A (table side) and B.
+
+    `"loraplus"`: A = 0, B ~ U(-1/sqrt(rank), 1/sqrt(rank)). `"lora"`: A = 0, B ~ N(0, 1), as PEFT
+    does for embeddings, where a row of A is read, not contracted.
+
+    Args:
+        init: A checked `AdapterSpec.init`.
+        rank: The adapter's rank.
+
+    Returns:
+        Tuple `(a_initializer, b_initializer)`.
+    """
+    if init == "lora":
+        return keras.initializers.Zeros(), keras.initializers.RandomNormal(stddev=1.0)
+    return factor_initializers(init, rank, rank)
+
+
+def _symmetric_uniform(fan):
+    bound = 1.0 / math.sqrt(fan)
+    return keras.initializers.RandomUniform(-bound, bound)
