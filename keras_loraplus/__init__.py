@@ -1,0 +1,19 @@
+"""LoRA+ for Keras 3: low-rank layers and optimizers with a learning-rate ratio."""
+
+from keras_loraplus import layers, optimizers
+from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
+from keras_loraplus.optimizers import LoRAPlusAdamW, assignments, loraplus
+from keras_loraplus.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRAPlusAdamW",
+    "Report",
+    "assignments",
+    "enable_lora_plus",
+    "layers",
+    "loraplus",
+    "merge_lora_plus",
+    "optimizers",
+]

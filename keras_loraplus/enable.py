@@ -1,0 +1,219 @@
+"""Enables LoRA+ on a model, and merges it away again."""
+
+import numpy as np
+from keras import ops
+
+from keras_loraplus import _compat
+from keras_loraplus.layers import adopt, is_adapted, release
+from keras_loraplus.planning import layer_path, make_plan
+from keras_loraplus.report import AdaptedLayer, Report, count_parameters
+
+_BEFORE = "_before_lora_plus"
+
+
+def enable_lora_plus(
+    model,
+    rank=8,
+    alpha=None,
+    *,
+    targets=None,
+    exclude=(),
+    init="loraplus",
+    scaling="standard",
+    dropout=0.0,
+    rank_pattern=None,
+    alpha_pattern=None,
+    trainable=(),
+):
+    """Freezes a model and gives its layers trainable low-rank adapters, in place.
+
+        y = x W + s (x A) B,    s = alpha / rank
+
+    The outputs do not change, because A B is zero at the start. On a KerasHub task the backbone
+    is adapted and the head left as it is. Everything else is frozen, biases of adapted layers
+    included. A compiled model loses its compiled state, so that `fit` asks for `compile` first.
+    (Where only a part of a compiled model is passed, the outer model cannot be seen from
+    here: compile it again with a new optimizer.)
+
+    Args:
+        model: A built `keras.Model`, a KerasHub backbone or a KerasHub task.
+        rank: Positive integer r. Defaults to 8.
+        alpha: Strength of the adapters; `None` means each layer's rank, a scale of 1.
+        targets: `None` for `backbone.default_lora_layer_names()` on KerasHub and, elsewhere, every
+            supported layer but those that produce the outputs; `"all-linear"` for every `Dense`
+            and `EinsumDense` but those; or layer names and regular expressions that fullmatch a
+            layer path.
+        exclude: Names and regular expressions of targeted layers to leave out.
+        init: `"loraplus"` (A zero, B random), `"lora"` (A random, B zero) or a pair of Keras
+            initializers.
+        scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
+        dropout: Rate at which each adapter's input is dropped while training.
+        rank_pattern: Dict from layer name or regular expression to that layer's rank.
+        alpha_pattern: Dict from layer name or regular expression to that layer's alpha.
+        trainable: Regular expressions that fullmatch paths of variables to leave trainable, for
+            example `".*layer_norm.*"`. Kernels of adapted layers stay frozen.
+
+    Returns:
+        A `Report`: adapted layers, what was not adaptable and why, and parameter counts.
+
+    Raises:
+        ValueError: If a setting is out of range, a pattern matches nothing, the model is not built,
+            is enabled already or uses Keras's own LoRA. The model is unchanged.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(8), dense(2)])
+        >>> report = enable_lora_plus(model, rank=2)
+        >>> [layer.rank for layer in report.adapted], report.trainable_parameters
+        ([2], 42)
+
+    Source: Hayou et al., "LoRA+", arXiv 2402.12354; Hu et al., arXiv 2106.09685.
+    """
+    spec_arguments = {
+        "rank": rank,
+        "alpha": alpha,
+        "init": init,
+        "scaling": scaling,
+        "dropout": dropout,
+    }
+    plan = make_plan(
+        model, targets, exclude, trainable, spec_arguments, rank_pattern, alpha_pattern
+    )
+    _apply(plan, model)
+    _compat.clear_compiled_state(model)
+    if plan.scope is not model:
+        _compat.clear_compiled_state(plan.scope)
+    return _report(plan, model)
+
+
+def _apply(plan, model):
+    layers = _compat.flatten_layers(model)
+    for layer in layers:
+        layer.__dict__[_BEFORE] = _compat.tracked_state(layer)
+    done = []
+    try:
+        for adaptation in plan.adaptations:
+            adopt(adaptation.layer, adaptation.spec)
+            done.append(adaptation.layer)
+        _freeze_the_rest(plan)
+        _compat.own_trainable_flag(model, True)
+    except BaseException:
+        for layer in done:
+            release(layer)
+        _restore_flags(layers)
+        raise
+
+
+def _freeze_the_rest(plan):
+    heads = {id(inner) for head in plan.heads for inner in _compat.flatten_layers(head)}
+    kept = {id(variable) for variable in plan.kept}
+    scope = [layer for layer in _compat.flatten_layers(plan.scope) if id(layer) not in heads]
+    for layer in scope:
+        train = kept
+        if is_adapted(layer):
+            train = kept | {id(variable) for variable in layer.adapter_variables().values()}
+        own = layer._trainable_variables
+        _compat.freeze_variables(layer, [variable for variable in own if id(variable) not in train])
+        for variable in layer._trainable_variables:
+            if id(variable) in train:
+                variable.trainable = True
+    for layer in scope:
+        trains = any(variable.trainable for variable in layer.weights)
+        # A layer in which nothing trains is frozen as a whole, so that batch normalisation runs
+        # in inference mode; one that holds a trained variable must not hide it.
+        if layer.weights and layer is not plan.scope:
+            _compat.own_trainable_flag(layer, trains)
+    _compat.own_trainable_flag(plan.scope, True)
+
+
+def _restore_flags(layers):
+    for layer in layers:
+        before = layer.__dict__.pop(_BEFORE, None)
+        if before is not None:
+            _compat.restore_tracked_state(layer, before)
+
+
+def _report(plan, model):
+    adapted = tuple(
+        AdaptedLayer(
+            adaptation.path,
+            type(adaptation.layer).__name__,
+            adaptation.spec.rank,
+            adaptation.spec.alpha,
+            {
+                name: tuple(variable.shape)
+                for name, variable in adaptation.layer.adapter_variables().items()
+            },
+        )
+        for adaptation in plan.adaptations
+    )
+    return Report(
+        adapted=adapted,
+        skipped=plan.skipped,
+        heads=tuple(layer_path(layer) for layer in plan.heads),
+        trainable=tuple(variable.path for variable in model.trainable_variables),
+        trainable_parameters=count_parameters(model.trainable_variables),
+        total_parameters=count_parameters(model.weights),
+    )
+
+
+def merge_lora_plus(model):
+    """Merges every adapter into its kernel and leaves a plain Keras model, in place.
+
+        W <- W + s A B    (in float32, cast to the kernel's dtype)
+
+    Final: the layers are of their original classes, A and B are gone, and every trainable flag is
+    that from before enabling. Outputs stay the same, also those of an outer model that has
+    already traced `predict`: its trace reads the merged kernel, and a scale of 0 for the adapter.
+    The compiled state of `model` is cleared, so that `fit` asks for `compile` first.
+
+    Args:
+        model: A model with adapters, or any part of one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model has no adapters, or a merged kernel would hold NaN or infinity;
+            the model is unchanged.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(8), dense(2)])
+        >>> report = enable_lora_plus(model, rank=2)
+        >>> merge_lora_plus(model) is model
+        True
+
+    Source: Hu et al., arXiv 2106.09685, section 4.2.
+    """
+    layers = _compat.flatten_layers(model)
+    adapted = [layer for layer in layers if is_adapted(layer)]
+    if not adapted:
+        raise ValueError(
+            f"The model '{model.name}' has no LoRA+ adapters to merge. Either it was merged "
+            "already, or `keras_loraplus.enable_lora_plus(model)` has not been called."
+        )
+    for layer in adapted:
+        _check_merge(layer)
+    for layer in adapted:
+        for name, value in layer.merged_values().items():
+            getattr(layer, name).assign(value)
+        release(layer)
+    _restore_flags(layers)
+    if hasattr(model, "predict_function"):
+        _compat.clear_compiled_state(model)
+    return model
+
+
+def _check_merge(layer):
+    for name, value in layer.merged_values().items():
+        if not bool(ops.all(ops.isfinite(ops.cast(value, "float32")))):
+            parts = {
+                key: bool(np.isfinite(ops.convert_to_numpy(variable)).all())
+                for key, variable in layer.adapter_variables().items()
+            }
+            raise ValueError(
+                f"Merging would put NaN or infinity into '{name.lstrip('_')}' of layer "
+                f"'{layer_path(layer)}' (finite factors: {parts}). Nothing was merged. Load a good "
+                "adapter, or train with a lower rate."
+            )
