@@ -1,6 +1,7 @@
 """LoRA+ for Keras 3: low-rank layers and optimizers with a learning-rate ratio."""
 
 from keras_loraplus import layers, optimizers
+from keras_loraplus.adapters import load_adapter, save_adapter
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
 from keras_loraplus.optimizers import LoRAPlusAdamW, assignments, loraplus
 from keras_loraplus.report import Report
@@ -13,7 +14,9 @@ __all__ = [
     "assignments",
     "enable_lora_plus",
     "layers",
+    "load_adapter",
     "loraplus",
     "merge_lora_plus",
     "optimizers",
+    "save_adapter",
 ]

@@ -515,3 +515,44 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
         maximize=False,
     )
     return True
+
+
+def is_functional(layer):
+    """Whether the layer is a functional model, whose `layers` are in the graph's order.
+
+    `keras.src.models.Functional` (3.15.1): Keras has no public name for the class.
+    """
+    from keras.src.models import Functional
+
+    return isinstance(layer, Functional)
+
+
+def attributes(layer):
+    """Yields a layer's attributes by name, sorted, without those of Keras's own bookkeeping.
+
+    torch's `Module` keeps submodules in a dictionary of its own, the other backends among the
+    attributes, and TensorFlow adds dictionaries of what it tracks; a path made from these names has
+    to be the same on all three (3.15.1).
+    """
+    values = {**vars(layer), **vars(layer).get("_modules", {})}
+    for name in sorted(values):
+        if name not in _BOOKKEEPING and not name.startswith(("__", "_self_unconditional_")):
+            yield name, values[name]
+
+
+_BOOKKEEPING = frozenset(
+    {
+        "_compiled_trainable_state",
+        "_functional",
+        "_inbound_nodes",
+        "_layers",
+        "_metrics",
+        "_modules",
+        "_nodes",
+        "_operations",
+        "_operations_by_depth",
+        "_operations_by_name",
+        "_outbound_nodes",
+        "_torch_params",
+    }
+)

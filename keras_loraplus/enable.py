@@ -79,29 +79,38 @@ def enable_lora_plus(
     plan = make_plan(
         model, targets, exclude, trainable, spec_arguments, rank_pattern, alpha_pattern
     )
-    _apply(plan, model)
-    _compat.clear_compiled_state(model)
-    if plan.scope is not model:
-        _compat.clear_compiled_state(plan.scope)
+    apply_plan(plan, model)
     return _report(plan, model)
 
 
-def _apply(plan, model):
-    layers = _compat.flatten_layers(model)
-    for layer in layers:
+def apply_plan(plan, model):
+    """Does what a plan says, or, if anything fails, nothing.
+
+    Args:
+        plan: A `Plan` for the model.
+        model: The user's model; the plan's scope is it or a part of it.
+    """
+    for layer in _compat.flatten_layers(model):
         layer.__dict__[_BEFORE] = _compat.tracked_state(layer)
-    done = []
     try:
         for adaptation in plan.adaptations:
             adopt(adaptation.layer, adaptation.spec)
-            done.append(adaptation.layer)
         _freeze_the_rest(plan)
         _compat.own_trainable_flag(model, True)
     except BaseException:
-        for layer in done:
-            release(layer)
-        _restore_flags(layers)
+        undo_plan(plan, model)
         raise
+    _compat.clear_compiled_state(model)
+    if plan.scope is not model:
+        _compat.clear_compiled_state(plan.scope)
+
+
+def undo_plan(plan, model):
+    """Takes every adapter of a plan away again and puts all trainable flags back."""
+    for adaptation in plan.adaptations:
+        if is_adapted(adaptation.layer):
+            release(adaptation.layer)
+    _restore_flags(_compat.flatten_layers(model))
 
 
 def _freeze_the_rest(plan):

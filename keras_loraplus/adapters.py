@@ -1,0 +1,227 @@
+"""Saves and loads adapters: A, B and whatever else was trained, in one safetensors file."""
+
+import json
+import os
+import tempfile
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from keras import ops
+
+from keras_loraplus.enable import apply_plan, undo_plan
+from keras_loraplus.layers import AdapterSpec, is_adapted
+from keras_loraplus.planning import Adaptation, Plan
+from keras_loraplus.structure import layers_by_path, variables_by_path
+
+FORMAT = "keras_loraplus"
+FORMAT_VERSION = 1
+
+
+def save_adapter(model, path, *, include_trainable=True):
+    """Writes the adapters of a model, and what else it trains, to one safetensors file.
+
+    Tensors are keyed by their place in the model, so that auto-numbered layer names do not matter.
+    The file's metadata holds each adapter's rank, alpha, init, scaling and dropout. A file is
+    written whole or not at all: under a temporary name in the same folder, then renamed.
+
+    Args:
+        model: A model with adapters.
+        path: Where to write, for example `"adapter.safetensors"`.
+        include_trainable: Whether to write the other trainable variables too: head, biases,
+            norms. Defaults to True, since a model trained with them is not the same without.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the model has no adapters, or two of its variables cannot be told apart.
+        FileNotFoundError: If the folder does not exist.
+
+    Example:
+        >>> dense = keras.layers.Dense
+        >>> model = keras.Sequential([keras.Input((4,)), dense(8), dense(2)])
+        >>> report = klp.enable_lora_plus(model, rank=2)
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+        >>> _ = klp.save_adapter(model, path)
+        >>> klp.load_adapter(model, path) is model
+        True
+
+    Source: the safetensors format, version 0.4 and later.
+    """
+    specs = _adapters_of(model)
+    if not specs:
+        raise ValueError(
+            f"The model '{model.name}' has no LoRA+ adapters to save. Enable them first: "
+            "`keras_loraplus.enable_lora_plus(model)`."
+        )
+    tensors = {}
+    for key, variable in _saved_variables(model, include_trainable).items():
+        value = ops.convert_to_numpy(variable)
+        # numpy has no bfloat16 of its own; every bfloat16 is a float32.
+        tensors[key] = np.ascontiguousarray(value, _numpy_dtype(variable))
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "adapters": json.dumps(specs, sort_keys=True),
+    }
+    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    return path
+
+
+def load_adapter(model, path):
+    """Loads a file of `save_adapter` into a model.
+
+    A model without adapters is enabled from the file's own metadata: the same layers with the
+    same settings train, and everything else that the file does not hold is frozen. One that
+    has adapters must have those of the file. Strict: whatever is missing, unexpected,
+    mis-shaped or not finite is listed in one error, and nothing has been changed.
+
+    Args:
+        model: The model that the adapter was trained on, with or without adapters.
+        path: A file of `save_adapter`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a whole adapter file, or does not fit the model.
+
+    Example:
+        See `save_adapter`.
+    """
+    metadata, tensors = _read(path)
+    specs = json.loads(metadata["adapters"])
+    plan = None
+    if not _adapters_of(model):
+        plan = _plan_from_file(model, path, specs, tensors)
+        apply_plan(plan, model)
+    try:
+        targets = _checked_targets(model, path, specs, tensors)
+    except BaseException:
+        if plan is not None:
+            undo_plan(plan, model)
+        raise
+    for key, variable in targets.items():
+        variable.assign(ops.cast(tensors[key], variable.dtype))
+    return model
+
+
+def _adapters_of(model):
+    return {
+        path: layer.adapter.get_config()
+        for path, layer in layers_by_path(model).items()
+        if is_adapted(layer)
+    }
+
+
+def _saved_variables(model, include_trainable):
+    factors = {
+        id(variable)
+        for layer in layers_by_path(model).values()
+        if is_adapted(layer)
+        for variable in layer.adapter_variables().values()
+    }
+    return variables_by_path(
+        model,
+        lambda v: id(v) in factors or (include_trainable and v.trainable),
+    )
+
+
+def _numpy_dtype(variable):
+    return "float32" if variable.dtype == "bfloat16" else variable.dtype
+
+
+def _write_atomically(path, data):
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"The folder of '{path}' does not exist: '{folder}'. Make it first."
+        )
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".adapter-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def _read(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no adapter file '{path}'.")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is not a whole safetensors file: {error}. It may have been cut off while it "
+            "was copied, or be a pointer to the real file; fetch it again."
+        ) from error
+    if metadata.get("format") != FORMAT or "adapters" not in metadata:
+        raise ValueError(
+            f"'{path}' is a safetensors file but not one of `keras_loraplus.save_adapter`. "
+            f"Metadata found: {sorted(metadata)}."
+        )
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"'{path}' has adapter format version {metadata.get('format_version')}; this version "
+            f"of keras_loraplus reads {FORMAT_VERSION}. Install the version that wrote it."
+        )
+    return metadata, tensors
+
+
+def _plan_from_file(model, path, specs, tensors):
+    layers = layers_by_path(model)
+    missing = sorted(set(specs) - set(layers))
+    if missing:
+        raise ValueError(
+            f"'{path}' holds adapters for layers that '{model.name}' does not have: {missing}. "
+            "Load it into the model that it was trained on."
+        )
+    adaptations = tuple(
+        Adaptation(layers[at], at, AdapterSpec.from_config(spec)) for at, spec in specs.items()
+    )
+    kept = variables_by_path(model, lambda v: True)
+    return Plan(
+        scope=model,
+        adaptations=adaptations,
+        skipped=(),
+        heads=(),
+        kept=tuple(variable for key, variable in kept.items() if key in tensors),
+    )
+
+
+def _checked_targets(model, path, specs, tensors):
+    """Returns {key: variable} for every tensor of the file, or raises one error with all faults."""
+    expected = _saved_variables(model, include_trainable=True)
+    factors = _saved_variables(model, include_trainable=False)
+    if set(tensors) == set(factors):  # saved with include_trainable=False
+        expected = factors
+    faults = [f"missing: {key}" for key in sorted(set(expected) - set(tensors))]
+    faults += [f"unexpected: {key}" for key in sorted(set(tensors) - set(expected))]
+    for key in sorted(set(expected) & set(tensors)):
+        shape, value = tuple(expected[key].shape), tensors[key]
+        if value.shape != shape:
+            faults.append(f"shape: {key} is {value.shape} in the file and {shape} in the model")
+        elif not np.isfinite(value.astype("float32")).all():
+            faults.append(f"not finite: {key}")
+    for at, spec in _adapters_of(model).items():
+        saved = specs.get(at)
+        for name in ("rank", "alpha", "scaling"):
+            if saved is not None and saved[name] != spec[name]:
+                faults.append(f"{name}: {at} has {saved[name]} in the file and {spec[name]} here")
+    if faults:
+        raise ValueError(
+            f"'{path}' does not fit the model '{model.name}'; nothing was loaded. "
+            + "; ".join(faults)
+            + ". Enable the model with the settings that the adapter was trained with, or load "
+            "into a model without adapters to take them from the file."
+        )
+    return expected

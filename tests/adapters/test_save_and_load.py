@@ -1,0 +1,311 @@
+"""`save_adapter` and `load_adapter`: what trains is what is saved, and nothing is half loaded."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from keras import ops
+from tolerances import EXACT, assert_close
+
+import keras_loraplus as klp
+
+BERT = {
+    "vocabulary_size": 30,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 16,
+    "max_sequence_length": 6,
+}
+
+
+def small_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(7, activation="tanh"),
+            keras.layers.Dense(6, activation="tanh"),
+            keras.layers.LayerNormalization(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def perturb(model, seed=1):
+    rng = np.random.default_rng(seed)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+
+
+def inputs(shape=(4, 5)):
+    return np.random.default_rng(2).normal(size=shape).astype("float32")
+
+
+def values(model):
+    return [ops.convert_to_numpy(variable) for variable in model.weights]
+
+
+def assert_unchanged(model, before):
+    after = values(model)
+    assert len(after) == len(before)
+    for now, then in zip(after, before, strict=True):
+        assert_close(now, then, EXACT)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = small_model()
+    klp.enable_lora_plus(model, rank=2, alpha=5, trainable=".*bias")
+    perturb(model)
+    path = str(tmp_path / "adapter.safetensors")
+    klp.save_adapter(model, path)
+    return model, path
+
+
+def test_every_trained_variable_comes_back(saved):
+    model, path = saved
+    expected = model.predict(inputs(), verbose=0)
+    twin = small_model()
+    klp.enable_lora_plus(twin, rank=2, alpha=5, trainable=".*bias")
+    untrained = twin.predict(inputs(), verbose=0)
+    assert klp.load_adapter(twin, path) is twin
+    assert np.abs(untrained - expected).max() > 0.1
+    assert_close(twin.predict(inputs(), verbose=0), expected, EXACT)
+
+
+def test_a_model_without_adapters_takes_them_from_the_file(saved):
+    model, path = saved
+    twin = small_model()
+    klp.load_adapter(twin, path)
+    assert_close(twin.predict(inputs(), verbose=0), model.predict(inputs(), verbose=0), EXACT)
+    names = lambda m: [(v.name, tuple(v.shape)) for v in m.trainable_variables]  # noqa: E731
+    assert names(twin) == names(model)
+    assert twin.layers[0].adapter == model.layers[0].adapter
+    klp.merge_lora_plus(twin)
+    assert all(type(layer) is keras.layers.Dense for layer in (twin.layers[0], twin.layers[3]))
+
+
+def test_include_trainable_false_keeps_to_the_factors(saved, tmp_path):
+    model, _ = saved
+    path = str(tmp_path / "factors.safetensors")
+    klp.save_adapter(model, path, include_trainable=False)
+    with safetensors.safe_open(path, framework="np") as file:
+        assert sorted(file.keys()) == [
+            f"layers.{layer}/lora_kernel_{side}" for layer in (0, 1) for side in "ab"
+        ]
+    twin = small_model()
+    klp.enable_lora_plus(twin, rank=2, alpha=5, trainable=".*bias")
+    klp.load_adapter(twin, path)
+    for layer in (0, 1):
+        for name, variable in twin.layers[layer].adapter_variables().items():
+            assert_close(variable, model.layers[layer].adapter_variables()[name], EXACT)
+
+
+def damage(path, change):
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    safetensors.numpy.save_file(tensors, path, metadata)
+
+
+def drop_and_add(tensors, metadata):
+    del tensors["layers.0/lora_kernel_a"]
+    tensors["layers.9/lora_kernel_a"] = np.ones((2, 2), "float32")
+    tensors["layers.1/lora_kernel_b"] = np.ones((2, 2), "float32")
+    tensors["layers.3/bias"] = np.full((3,), np.nan, "float32")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_all_faults_are_listed_and_nothing_has_changed(saved, enabled):
+    _, path = saved
+    damage(path, drop_and_add)
+    twin = small_model()
+    if enabled:
+        klp.enable_lora_plus(twin, rank=2, alpha=5, trainable=".*bias")
+    classes, flags = [type(la) for la in twin.layers], [v.trainable for v in twin.weights]
+    before = values(twin)
+    with pytest.raises(ValueError) as error:
+        klp.load_adapter(twin, path)
+    for fault in (
+        "missing: layers.0/lora_kernel_a",
+        "unexpected: layers.9/lora_kernel_a",
+        "shape: layers.1/lora_kernel_b is (2, 2) in the file and (2, 6) in the model",
+        "not finite: layers.3/bias",
+    ):
+        assert fault in str(error.value)
+    assert_unchanged(twin, before)
+    assert [type(la) for la in twin.layers] == classes
+    assert [v.trainable for v in twin.weights] == flags
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [({"alpha": 4}, "alpha: layers.0 has 5"), ({"alpha": 5, "scaling": "rslora"}, "scaling: ")],
+)
+def test_another_strength_is_a_fault(saved, settings, fault):
+    _, path = saved
+    twin = small_model()
+    klp.enable_lora_plus(twin, rank=2, trainable=".*bias", **settings)
+    before = values(twin)
+    with pytest.raises(ValueError, match=fault):
+        klp.load_adapter(twin, path)
+    assert_unchanged(twin, before)
+
+
+def test_another_rank_is_a_fault(saved):
+    twin = small_model()
+    klp.enable_lora_plus(twin, rank=3, alpha=5, trainable=".*bias")
+    with pytest.raises(ValueError, match="rank: layers.0 has 2 in the file and 3 here"):
+        klp.load_adapter(twin, saved[1])
+
+
+def test_layers_that_the_model_lacks_are_named(saved):
+    other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7)])
+    with pytest.raises(ValueError, match=r"does not have: \['layers.1'\]"):
+        klp.load_adapter(other, saved[1])
+
+
+def truncated(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) - 10)
+
+
+def a_pointer(path):
+    with open(path, "w") as file:
+        file.write("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+
+
+def empty(path):
+    open(path, "w").close()
+
+
+def somebody_elses(path):
+    safetensors.numpy.save_file({"a": np.ones(2, "float32")}, path)
+
+
+def a_later_format(path):
+    damage(path, lambda tensors, metadata: metadata.update(format_version="99"))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (truncated, "not a whole safetensors file"),
+        (a_pointer, "not a whole safetensors file"),
+        (empty, "not a whole safetensors file"),
+        (somebody_elses, "not one of `keras_loraplus.save_adapter`"),
+        (a_later_format, "format version 99"),
+    ],
+)
+def test_what_is_not_an_adapter_file_is_said(saved, spoil, message):
+    _, path = saved
+    spoil(path)
+    twin = small_model()
+    before = values(twin)
+    with pytest.raises(ValueError, match=message):
+        klp.load_adapter(twin, path)
+    assert_unchanged(twin, before)
+
+
+def test_missing_files_and_folders(saved, tmp_path):
+    model, _ = saved
+    with pytest.raises(FileNotFoundError, match="no adapter file"):
+        klp.load_adapter(model, str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="folder"):
+        klp.save_adapter(model, str(tmp_path / "none" / "a.safetensors"))
+    with pytest.raises(ValueError, match="no LoRA\\+ adapters to save"):
+        klp.save_adapter(small_model(), str(tmp_path / "a.safetensors"))
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
+    model, path = saved
+    with open(path, "rb") as file:
+        old = file.read()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    perturb(model, seed=5)
+    with pytest.raises(OSError, match="disk full"):
+        klp.save_adapter(model, path)
+    with open(path, "rb") as file:
+        assert file.read() == old
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+def test_the_metadata_holds_the_settings(saved):
+    with safetensors.safe_open(saved[1], framework="np") as file:
+        adapters = json.loads(file.metadata()["adapters"])
+    assert adapters == {
+        f"layers.{layer}": {
+            "rank": 2,
+            "alpha": 5,
+            "init": "loraplus",
+            "scaling": "standard",
+            "dropout": 0.0,
+        }
+        for layer in (0, 1)
+    }
+
+
+def test_a_bfloat16_head_comes_back_exactly(tmp_path):
+    def make():
+        keras.config.set_dtype_policy("bfloat16")
+        return small_model()
+
+    model = make()
+    klp.enable_lora_plus(model, rank=2)
+    perturb(model)
+    path = str(tmp_path / "a.safetensors")
+    klp.save_adapter(model, path)
+    twin = klp.load_adapter(make(), path)
+    assert twin.layers[3].kernel.dtype == "bfloat16"
+    for ours, theirs in zip(twin.trainable_variables, model.trainable_variables, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_close(
+            ops.convert_to_numpy(ops.cast(ours, "float32")),
+            ops.convert_to_numpy(ops.cast(theirs, "float32")),
+            EXACT,
+        )
+
+
+def dual_encoder():
+    import keras_hub
+
+    keras.utils.set_random_seed(3)
+    names = ("token_ids", "segment_ids", "padding_mask")
+    towers, vectors, model_inputs = [], [], {}
+    for side in ("left", "right"):
+        tower = keras_hub.models.BertBackbone(**BERT)
+        own = {name: keras.Input((6,), dtype="int32", name=f"{side}_{name}") for name in names}
+        model_inputs.update({f"{side}_{name}": tensor for name, tensor in own.items()})
+        towers.append(tower)
+        vectors.append(tower(own)["pooled_output"])
+    return keras.Model(model_inputs, keras.layers.Dot(axes=1)(vectors)), towers
+
+
+def test_two_equal_backbones_keep_their_own_adapters(tmp_path):
+    model, towers = dual_encoder()
+    report = klp.enable_lora_plus(model, rank=2, targets=["query", "value"])
+    assert len(report.adapted) == 8
+    assert len({id(v) for v in model.trainable_variables}) == len(model.trainable_variables) == 16
+    perturb(model)
+    path = str(tmp_path / "dual.safetensors")
+    klp.save_adapter(model, path)
+
+    twin, twin_towers = dual_encoder()
+    klp.load_adapter(twin, path)
+    for tower, twin_tower in zip(towers, twin_towers, strict=True):
+        for ours, theirs in zip(
+            twin_tower.trainable_variables, tower.trainable_variables, strict=True
+        ):
+            assert_close(ours, theirs, EXACT)
+    left, right = (tower.trainable_variables[0] for tower in twin_towers)
+    assert np.abs(ops.convert_to_numpy(left) - ops.convert_to_numpy(right)).max() > 0.1
