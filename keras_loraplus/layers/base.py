@@ -65,9 +65,10 @@ class LowRankLayer(_Mixed):
         """The adapter's settings, an `AdapterSpec`."""
         return self._adapter
 
-    def build(self, *args, **kwargs):
+    def build(self, input_shape=None):
         """Builds the Keras layer, then freezes its kernel and creates A, B and the scale."""
-        super().build(*args, **kwargs)
+        # A named argument: Keras hands shapes to `build` by name, and saves them by it.
+        super().build(input_shape)
         if not hasattr(self, "lora_scaling"):
             self._build_adapter()
 
