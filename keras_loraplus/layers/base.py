@@ -164,11 +164,15 @@ class LowRankLayer(_Mixed):
             )
         return adopt(layer, spec)
 
-    def _scaled(self, a, b):
-        """Returns A and s B in the compute dtype; the scale is applied in float32."""
+    def _scaled(self, other, factor):
+        """Returns one factor, and s times the other, in the compute dtype.
+
+        The scale is applied in float32, before the cast.
+        """
         dtype = self.compute_dtype
-        scaled = ops.multiply(ops.convert_to_tensor(b), ops.convert_to_tensor(self.lora_scaling))
-        return ops.cast(a, dtype), ops.cast(scaled, dtype)
+        scale = ops.convert_to_tensor(self.lora_scaling)
+        scaled = ops.multiply(ops.convert_to_tensor(factor), scale)
+        return ops.cast(other, dtype), ops.cast(scaled, dtype)
 
     def _dropped(self, inputs, training, noise_shape=None):
         """Drops parts of the adapter's input while training."""

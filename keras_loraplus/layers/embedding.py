@@ -80,7 +80,9 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
         """Returns `E[t] + s A[t] B` for every token t."""
         if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
-        a, b = self._scaled(self.lora_embeddings_a, self.lora_embeddings_b)
+        # s is on A: what a gather reads directly gets a sparse gradient on TensorFlow, of which
+        # Keras squares repeated rows one by one (3.15.1), so that Adam's second moment is wrong.
+        b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
         rows = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
         inner = ops.take(a, inputs, axis=0)  # (..., r)
         if self.adapter.dropout:
@@ -164,7 +166,7 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
 
     def _reverse(self, inputs, training):
         if self.tie_weights:
-            a, b = self._scaled(self.lora_embeddings_a, self.lora_embeddings_b)
+            b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
             kernel, down, up = ops.transpose(self.embeddings), ops.transpose(b), ops.transpose(a)
         else:
             down, up = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
