@@ -70,7 +70,7 @@ def assignments(model: Any) -> Assignments:
     Example:
     >>> import keras, keras_loraplus as klp
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
-    >>> model.compile(klp.LoRAPlusAdamW(1e-3, lr_multipliers={"head/.*": 8.0}), loss="mse")
+    >>> model.compile(klp.LoRAPlusAdamW(1e-3, lr_multipliers={".*head/.*": 8.0}), loss="mse")
     >>> [row.multiplier for row in klp.assignments(model)]
     [8.0, 8.0]
     """

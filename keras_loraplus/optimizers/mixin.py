@@ -7,7 +7,13 @@ import keras
 
 from keras_loraplus import _compat
 from keras_loraplus.optimizers.assignments import Assignment, Assignments
-from keras_loraplus.optimizers.multipliers import Multiplier, Settings, plan_multipliers, shorten
+from keras_loraplus.optimizers.multipliers import (
+    Multiplier,
+    Settings,
+    plan_from_record,
+    plan_multipliers,
+    shorten,
+)
 from keras_loraplus.optimizers.steps import StepMixin
 
 
@@ -25,10 +31,12 @@ class _State:
         self.multipliers: list[float] = []
         self.has_low_precision = False
         self.in_apply = False
-        # What `exclude_from_weight_decay` was given: names, variables, and paths from a config.
+        # What `exclude_from_weight_decay` was given.
         self.excluded_names: list[str] = []
         self.excluded_variables: list[Any] = []
+        # From a saved config, until `build`: excluded paths, and a row for every variable.
         self.excluded_paths: list[str] = []
+        self.record: list[dict[str, Any]] | None = None
 
 
 def path_of(variable: Any) -> str:
@@ -89,25 +97,42 @@ class LoRAPlusMixin(StepMixin):
         config["lr_multipliers"] = self.lr_multipliers
         config["embedding_lr_multiplier"] = self.embedding_lr_multiplier
         state = self._loraplus
-        paths = state.excluded_paths + [
-            path_of(variable) for variable in state.excluded_variables if variable.trainable
-        ]
+        paths = state.excluded_paths + [path_of(v) for v in state.excluded_variables if v.trainable]
         if state.excluded_names or paths:
             config["exclude_from_weight_decay"] = {
-                "var_names": list(state.excluded_names),
-                "var_paths": paths,
+                "var_names": state.excluded_names,
+                "paths": paths,
             }
+        if self.lr_multipliers or paths:
+            record = self._make_record() if self._is_built else state.record
+            if record is not None:
+                config["built_on"] = record
         return config
+
+    def _make_record(self) -> list[dict[str, Any]]:
+        """Returns what is needed to find every variable's rate and exclusion by its position."""
+        excluded = {self._var_key(variable) for variable in self._loraplus.excluded_variables}
+        return [
+            {
+                "path": row.path,
+                "shape": list(variable.shape),
+                "pattern": row.pattern,
+                "excluded": self._var_key(variable) in excluded,
+            }
+            for variable, row in zip(self._trainable_variables, self._loraplus.table, strict=True)
+        ]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Returns an optimizer with this config, decay exclusions included."""
         config = dict(config)
         excluded = config.pop("exclude_from_weight_decay", None)
+        record = config.pop("built_on", None)
         optimizer = super().from_config(config, custom_objects)
         if excluded:
             optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
-            optimizer._loraplus.excluded_paths = list(excluded["var_paths"])
+            optimizer._loraplus.excluded_paths = list(excluded["paths"])
+        optimizer._loraplus.record = record
         return optimizer
 
     def exclude_from_weight_decay(
@@ -143,7 +168,7 @@ class LoRAPlusMixin(StepMixin):
             self._refuse_other_variables(variables)
             return
         state = self._loraplus
-        table = plan_multipliers([path_of(variable) for variable in variables], state.settings)
+        table = self._plan(variables)
         self._resolve_excluded_paths(variables)
         super().build(variables)
         state.table = table
@@ -191,19 +216,32 @@ class LoRAPlusMixin(StepMixin):
         if any(self._var_key(variable) not in known for variable in variables):
             self._refuse_other_variables(variables)
 
+    def _plan(self, variables: Sequence[Any]) -> list[Multiplier]:
+        state = self._loraplus
+        paths = [path_of(variable) for variable in variables]
+        shapes = [tuple(variable.shape) for variable in variables]
+        recorded = plan_from_record(state.record, paths, shapes, state.settings)
+        return recorded or plan_multipliers(paths, state.settings)
+
     def _resolve_excluded_paths(self, variables: Sequence[Any]) -> None:
-        """Turns the paths of a restored config back into variables."""
+        """Turns the exclusions of a restored config back into variables."""
         state = self._loraplus
         if not state.excluded_paths:
             return
-        excluded = [v for v in variables if path_of(v) in state.excluded_paths]
-        lost = sorted(set(state.excluded_paths) - {path_of(v) for v in excluded})
-        if lost:
-            raise ValueError(
-                "The config excludes variables from weight decay that are not among the trainable "
-                f"ones: {lost}; trainable are {shorten([path_of(v) for v in variables])}. Call "
-                "`optimizer.exclude_from_weight_decay(...)` again before training."
-            )
+        paths = [path_of(variable) for variable in variables]
+        shapes = [tuple(variable.shape) for variable in variables]
+        if state.record and plan_from_record(state.record, paths, shapes, state.settings):
+            chosen = [bool(row["excluded"]) for row in state.record]
+        else:
+            chosen = [path in state.excluded_paths for path in paths]
+            lost = sorted(set(state.excluded_paths) - set(paths))
+            if lost:
+                raise ValueError(
+                    "The config excludes variables from weight decay that are not among the "
+                    f"trainable ones: {lost}; trainable are {shorten(paths)}. Call "
+                    "`optimizer.exclude_from_weight_decay(...)` again before training."
+                )
+        excluded = [v for v, chosen_one in zip(variables, chosen, strict=True) if chosen_one]
         self.exclude_from_weight_decay(excluded, state.excluded_names)
 
     def add_variable(
@@ -249,7 +287,7 @@ class LoRAPlusMixin(StepMixin):
                 "`keras_loraplus.assignments(model)` on the compiled model."
             )
         else:
-            table = plan_multipliers([path_of(variable) for variable in variables], state.settings)
+            table = self._plan(variables)
         rate = float(keras.ops.convert_to_numpy(self.learning_rate))
         return Assignments(
             Assignment(

@@ -9,6 +9,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Last component of a variable's path -> its role. Native Keras LoRA uses the same names.
 ROLES = {
@@ -161,11 +162,6 @@ def plan_multipliers(paths: Sequence[str], settings: Settings) -> list[Multiplie
     [1.0, 4.0]
     """
     patterns = settings.lr_multipliers or {}
-    by_role = {
-        "lora_b": settings.lr_ratio,
-        "embedding_a": settings.embedding_lr_multiplier,
-        "embedding_b": settings.lr_ratio * settings.embedding_lr_multiplier,
-    }
     table = []
     used = set()
     for path in paths:
@@ -180,10 +176,7 @@ def plan_multipliers(paths: Sequence[str], settings: Settings) -> list[Multiplie
                 f"{path!r} is matched by {matches}. Narrow the patterns, or use the "
                 "variable's exact path as a key: an exact path takes precedence."
             )
-        pattern = matches[0] if matches else None
-        role = role_of(path)
-        value = by_role.get(role, 1.0) * (patterns[pattern] if pattern is not None else 1.0)
-        table.append(Multiplier(path, role, pattern, value))
+        table.append(_multiplier(path, matches[0] if matches else None, settings))
     unused = [pattern for pattern in patterns if pattern not in used]
     if unused:
         raise ValueError(
@@ -192,6 +185,50 @@ def plan_multipliers(paths: Sequence[str], settings: Settings) -> list[Multiplie
             "the whole path (`re.fullmatch`)."
         )
     return table
+
+
+def plan_from_record(
+    record: Sequence[Mapping[str, Any]] | None,
+    paths: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    settings: Settings,
+) -> list[Multiplier] | None:
+    """Assigns multipliers as they were when the optimizer was saved, by position.
+
+    Keras renames variables when it loads a model (`sequential/head/kernel` becomes `head/kernel`),
+    so that a pattern may miss what it matched. Their order is kept; Keras restores moments by it.
+
+    Args:
+        record: Rows with `path`, `shape` and `pattern`, from the saved config, or None.
+        paths: Paths of the trainable variables, in order.
+        shapes: Their shapes.
+        settings: The optimizer's LoRA+ arguments.
+
+    Returns:
+        One `Multiplier` a path, or None if the variables are not those of the record: another
+        number, shape or last path component.
+    """
+    if record is None or len(record) != len(paths):
+        return None
+    table = []
+    for row, path, shape in zip(record, paths, shapes, strict=True):
+        same_name = row["path"].rsplit("/", 1)[-1] == path.rsplit("/", 1)[-1]
+        if not same_name or list(row["shape"]) != list(shape):
+            return None
+        table.append(_multiplier(path, row["pattern"], settings))
+    return table
+
+
+def _multiplier(path: str, pattern: str | None, settings: Settings) -> Multiplier:
+    role = role_of(path)
+    value = {
+        "lora_b": settings.lr_ratio,
+        "embedding_a": settings.embedding_lr_multiplier,
+        "embedding_b": settings.lr_ratio * settings.embedding_lr_multiplier,
+    }.get(role, 1.0)
+    if pattern is not None:
+        value *= (settings.lr_multipliers or {})[pattern]
+    return Multiplier(path, role, pattern, value)
 
 
 def shorten(paths: Sequence[str]) -> str:
