@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
+import types
 
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
@@ -46,6 +47,15 @@ def unlocked(layer):
     finally:
         if was_locked:
             layer._tracker.lock()
+
+
+def path_scope(layer):
+    """Gives variables that a built layer gains the layer's own path, whatever scope is open.
+
+    `Layer.add_weight` (3.15.1) takes the path of the open scopes where the layer has no parent.
+    """
+    parent = (layer.path or layer.name).rpartition("/")[0]
+    return keras.name_scope(layer.name, caller=layer, override_parent=parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +198,37 @@ def _wrapped_quantize(layer, quantize):
             quantize(mode=config.mode, config=config, **kwargs)
 
     return quantize_wrapper
+
+
+def run_in_inference_mode(layer):
+    """Makes a frozen layer's calls ignore `training`, whatever its trainable flag becomes.
+
+    `BatchNormalization.call` (3.15.1) asks for the flag, and `model.trainable = True` sets that of
+    every layer. A bound method in the instance's dictionary is what `Layer.__call__` finds first,
+    and `deepcopy` binds it to the copy.
+    """
+    layer.__dict__["call"] = types.MethodType(_call_in_inference_mode, layer)
+
+
+def run_in_any_mode(layer):
+    """Undoes `run_in_inference_mode`."""
+    if getattr(layer.__dict__.get("call"), "__func__", None) is _call_in_inference_mode:
+        del layer.__dict__["call"]
+
+
+def _call_in_inference_mode(self, inputs, training=None, **kwargs):
+    return type(self).call(self, inputs, training=False, **kwargs)
+
+
+def refresh_torch_parameters(layers):
+    """Makes torch's view of the layers (`parameters()`, `state_dict()`, `to()`) current.
+
+    `TorchLayer._torch_params` (3.15.1) is filled when a layer is built and then follows what the
+    layer itself gains or loses, not what layers below it do.
+    """
+    for layer in layers:
+        if "_torch_params" in layer.__dict__.get("_modules", {}):
+            layer._track_variables()
 
 
 def training_in_call_context():
@@ -495,7 +536,7 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
     beta_1_power = optimizer.beta_1**step
     beta_2_power = optimizer.beta_2**step
     correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
-    rate = keras.ops.cast(learning_rate, "float32") * correction
+    rate = (keras.ops.cast(learning_rate, "float32") * correction).to(device)
     # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
     saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
     torch._fused_adam_(

@@ -1,5 +1,6 @@
 """Enables LoRA+ on a model, and merges it away again."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -9,6 +10,12 @@ from keras_loraplus.planning import layer_path, make_plan
 from keras_loraplus.report import AdaptedLayer, Report, count_parameters
 
 _BEFORE = "_before_lora_plus"
+
+# Layers that write to their frozen variables when they are called with `training=True`.
+_CHANGED_BY_TRAINING_CALLS = (
+    keras.layers.BatchNormalization,
+    keras.layers.SpectralNormalization,
+)
 
 
 def enable_lora_plus(
@@ -97,6 +104,7 @@ def apply_plan(plan, model):
             adopt(adaptation.layer, adaptation.spec)
         _freeze_the_rest(plan)
         _compat.own_trainable_flag(model, True)
+        _compat.refresh_torch_parameters(_compat.flatten_layers(model))
     except BaseException:
         undo_plan(plan, model)
         raise
@@ -132,11 +140,15 @@ def _freeze_the_rest(plan):
         # in inference mode; one that holds a trained variable must not hide it.
         if layer.weights and layer is not plan.scope:
             _compat.own_trainable_flag(layer, trains)
+        if isinstance(layer, _CHANGED_BY_TRAINING_CALLS) and not trains:
+            _compat.run_in_inference_mode(layer)
     _compat.own_trainable_flag(plan.scope, True)
 
 
 def _restore_flags(layers):
+    _compat.refresh_torch_parameters(layers)
     for layer in layers:
+        _compat.run_in_any_mode(layer)
         before = layer.__dict__.pop(_BEFORE, None)
         if before is not None:
             _compat.restore_tracked_state(layer, before)

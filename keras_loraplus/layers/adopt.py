@@ -261,7 +261,8 @@ def adopt(layer, spec):
                 # The layer has to train A and B; what else it holds stays as frozen as it was.
                 _compat.freeze_variables(layer, _compat.own_variables(layer))
                 _compat.own_trainable_flag(layer, True)
-            layer._build_adapter()
+            with _compat.path_scope(layer):
+                layer._build_adapter()
     except BaseException:
         release(layer)
         raise
