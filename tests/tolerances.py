@@ -24,8 +24,8 @@ FLOAT32_MODEL = 2e-5
 # 20 optimizer steps where a fused kernel takes another order than Keras (rule 3).
 FUSED_20_STEPS = 2e-6
 
-# A float32 optimizer against float64 longhand: 1 - 0.999^t in float32 is off by up to 1e-5 of itself
-# in the first steps, and so is the step, which is a small part of the weight.
+# A float32 optimizer against float64 longhand: 1 - 0.999^t in float32 is off by up to 1e-5 of
+# itself in the first steps, and so is the step, which is a small part of the weight.
 LONGHAND_ADAM = 5e-6
 
 # 50 training steps of two libraries from one start: A and B.
