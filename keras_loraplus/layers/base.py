@@ -174,6 +174,14 @@ class LowRankLayer(_Mixed):
         scaled = ops.multiply(ops.convert_to_tensor(factor), scale)
         return ops.cast(other, dtype), ops.cast(scaled, dtype)
 
+    def _frozen(self, kernel):
+        """Returns the kernel without a gradient of its own.
+
+        TensorFlow's tape watches every variable that was once made trainable, and would compute a
+        gradient of the kernel's size for nobody.
+        """
+        return ops.stop_gradient(kernel)
+
     def _dropped(self, inputs, training, noise_shape=None):
         """Drops parts of the adapter's input while training."""
         if not self._adapter.dropout:

@@ -34,7 +34,8 @@ class LowRankConv(LowRankLayer):
     def call(self, inputs, training=None):
         """Returns `activation(conv(x, W) + s conv(x, A) B + bias)`."""
         adapter_inputs = self._dropped(inputs, training)
-        outputs = ops.add(self._convolved(inputs, self.kernel), self._low_rank(adapter_inputs))
+        outputs = self._convolved(inputs, self._frozen(self.kernel))
+        outputs = ops.add(outputs, self._low_rank(adapter_inputs))
         if self.use_bias:
             shape = [1] * (len(self.kernel_size) + 2)
             shape[self._channel_axis] = self.filters

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_loraplus import _compat
 from keras_loraplus.layers.base import Factors, LowRankLayer
 from keras_loraplus.layers.spec import factor_initializers
 
@@ -67,8 +68,11 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
     def call(self, inputs, training=None):
         """Returns `activation(x W + s (x A) B + bias)`."""
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
+        a = _compat.with_fast_gradient(a)
         inner = ops.matmul(self._dropped(inputs, training), a)  # (..., r)
-        outputs = ops.add(ops.matmul(inputs, self.kernel), ops.matmul(inner, b))  # (..., m)
+        outputs = ops.add(
+            ops.matmul(inputs, self._frozen(self.kernel)), ops.matmul(inner, b)
+        )  # (..., m)
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         if self.activation is not None:

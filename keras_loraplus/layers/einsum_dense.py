@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_loraplus import _compat
 from keras_loraplus.layers.base import Factors, LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.layers.spec import factor_initializers
@@ -79,8 +80,9 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         """Returns `activation(einsum(x, W) + s einsum(einsum(x, A), B) + bias)`."""
         split = split_einsum(self.equation)
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
+        a = _compat.with_fast_gradient(a)
         inner = ops.einsum(split.down, self._dropped(inputs, training), a)
-        outputs = ops.einsum(self.equation, inputs, self.kernel)
+        outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
         outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)

@@ -83,7 +83,7 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
         # s is on A: what a gather reads directly gets a sparse gradient on TensorFlow, of which
         # Keras squares repeated rows one by one (3.15.1), so that Adam's second moment is wrong.
         b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
-        rows = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
+        rows = ops.cast(ops.take(self._frozen(self.embeddings), inputs, axis=0), self.compute_dtype)
         inner = ops.take(a, inputs, axis=0)  # (..., r)
         if self.adapter.dropout:
             one_draw_per_token = (None,) * (len(inner.shape) - 1) + (1,)
@@ -175,6 +175,7 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
             inputs, kernel, down, up = (
                 ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, kernel, down, up)
             )
+        kernel = self._frozen(kernel)
         inner = ops.matmul(self._dropped(inputs, training), down)  # (..., r)
         logits = ops.add(ops.matmul(inputs, kernel), ops.matmul(inner, up))
         if self.logit_soft_cap is not None:
