@@ -142,3 +142,17 @@ def test_without_amsgrad_state_the_fused_and_the_plain_step_agree(monkeypatch):
     plain = step(LoRAPlusAdamW(1e-2), make_variables(), tensors, count=20)
     for value, right in zip(fused, plain, strict=True):
         assert_close(value, right, FUSED_20_STEPS)
+
+
+def test_under_torch_compile_it_takes_the_plain_step():
+    tensors = [torch.tensor(array) for array in gradients(0)]
+    expected = step(LoRAPlusAdamW(1e-2), make_variables(), tensors)
+    variables = make_variables()
+    optimizer = LoRAPlusAdamW(1e-2)
+    optimizer.build(variables)
+    compiled = torch.compile(lambda: optimizer.apply(tensors, variables), backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            compiled()
+    for value, right in zip(to_numpy(variables), expected, strict=True):
+        assert_close(value, right, FUSED_20_STEPS)
