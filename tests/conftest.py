@@ -10,9 +10,9 @@ if os.environ.get("KERAS_BACKEND", BACKENDS[0]) not in BACKENDS:
         "run for example `KERAS_BACKEND=jax pytest`."
     )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers fill the cores already; a thread pool in each makes all of them slower.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The models here are tiny and the workers fill the cores: a thread pool in each makes all slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
