@@ -218,6 +218,10 @@ class LowRankLayer(_Mixed):
             merged[pair.kernel] = ops.cast(total, kernel.dtype)
         return merged
 
+    def merged_names(self):
+        """Returns the attribute names of the frozen variables that adapters stand beside."""
+        return [pair.kernel for pair in self._factors()]
+
     def adapter_variables(self):
         """Returns the names and variables of A and B, in the order A, B."""
         return {name: getattr(self, name) for pair in self._factors() for name in (pair.a, pair.b)}

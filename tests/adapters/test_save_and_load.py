@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import keras
 import numpy as np
@@ -12,6 +13,8 @@ from keras import ops
 from tolerances import EXACT, assert_close
 
 import keras_loraplus as klp
+from keras_loraplus.__main__ import main
+from keras_loraplus.adapters import files
 
 BERT = {
     "vocabulary_size": 30,
@@ -106,15 +109,14 @@ def test_include_trainable_false_keeps_to_the_factors(saved, tmp_path):
             assert_close(variable, model.layers[layer].adapter_variables()[name], EXACT)
 
 
-def damage(path, change):
-    with safetensors.safe_open(path, framework="np") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    change(tensors, metadata)
-    safetensors.numpy.save_file(tensors, path, metadata)
+def rewrite(path, change):
+    """Writes a whole file with other tensors, as somebody else's model would have."""
+    content = files.read(path)
+    change(content.tensors)
+    files.write(path, content)
 
 
-def drop_and_add(tensors, metadata):
+def drop_and_add(tensors):
     del tensors["layers.0/lora_kernel_a"]
     tensors["layers.9/lora_kernel_a"] = np.ones((2, 2), "float32")
     tensors["layers.1/lora_kernel_b"] = np.ones((2, 2), "float32")
@@ -124,7 +126,7 @@ def drop_and_add(tensors, metadata):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_all_faults_are_listed_and_nothing_has_changed(saved, enabled):
     _, path = saved
-    damage(path, drop_and_add)
+    rewrite(path, drop_and_add)
     twin = small_model()
     if enabled:
         klp.enable_lora_plus(twin, rank=2, alpha=5, trainable=".*bias")
@@ -190,7 +192,31 @@ def somebody_elses(path):
 
 
 def a_later_format(path):
-    damage(path, lambda tensors, metadata: metadata.update(format_version="99"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "FORMAT_VERSION", 99)
+        patch.setattr(
+            files, "_described", lambda path, metadata: json.loads(metadata["description"])
+        )
+        files.write(path, files.read(path))
+
+
+def a_flipped_payload_bit(path):
+    flip(path, os.path.getsize(path) - 3, 1)
+
+
+def another_alpha(path):
+    with open(path, "rb") as file:
+        data = file.read()
+    place = re.search(rb"alpha[^0-9]*(5)", data).start(1)
+    flip(path, place, 2)
+
+
+def flip(path, place, bits):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bits]))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +227,8 @@ def a_later_format(path):
         (empty, "not a whole safetensors file"),
         (somebody_elses, "not one of `keras_loraplus.save_adapter`"),
         (a_later_format, "format version 99"),
+        (a_flipped_payload_bit, r"not what was written: \['layers.3/kernel'\]"),
+        (another_alpha, "its description is not what was written"),
     ],
 )
 def test_what_is_not_an_adapter_file_is_said(saved, spoil, message):
@@ -240,10 +268,29 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
     assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
 
 
-def test_the_metadata_holds_the_settings(saved):
-    with safetensors.safe_open(saved[1], framework="np") as file:
-        adapters = json.loads(file.metadata()["adapters"])
-    assert adapters == {
+def test_every_random_damage_is_the_documented_error(saved):
+    _, path = saved
+    with open(path, "rb") as file:
+        whole = file.read()
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        data = bytearray(whole)
+        place = int(rng.integers(len(data) if trial % 2 else 200))
+        if trial % 10 == 0:
+            data = data[:place]
+        elif trial % 10 == 1:
+            data[:8] = int(rng.integers(2**63)).to_bytes(8, "little")
+        else:
+            data[place] ^= 1 << int(rng.integers(8))
+        with open(path, "wb") as file:
+            file.write(data)
+        with pytest.raises(ValueError, match="adapter|damaged|whole"):
+            files.read(path)
+
+
+def test_inspection_needs_no_model(saved, capsys):
+    inspection = klp.inspect_adapter(saved[1])
+    assert inspection.adapters == {
         f"layers.{layer}": {
             "rank": 2,
             "alpha": 5,
@@ -253,6 +300,37 @@ def test_the_metadata_holds_the_settings(saved):
         }
         for layer in (0, 1)
     }
+    assert inspection.tensors["layers.1/lora_kernel_b"] == ("float32", (2, 6))
+    assert inspection.parameters == sum(value.size for value in values_trained(saved[0]))
+    assert main(["inspect", saved[1]]) == 0
+    shown = capsys.readouterr().out
+    assert shown == f"{inspection}\n"
+    assert "layers.0: rank 2, alpha 5" in shown and "float32  2 x 6" in shown
+    assert main(["inspect", saved[1] + ".none"]) == 2
+    assert capsys.readouterr().err.startswith("error: There is no adapter file")
+
+
+def values_trained(model):
+    return [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+
+
+def test_another_base_is_told(saved):
+    model, path = saved
+    other = small_model(seed=9)
+    with pytest.warns(
+        UserWarning, match=r"other frozen weights .*layers.0/kernel \(other values\)"
+    ):
+        klp.load_adapter(other, path)
+    half = small_model()
+    half.layers[0].kernel.assign(ops.cast(ops.cast(half.layers[0].kernel, "float16"), "float32"))
+    klp.load_adapter(half, path)  # the same weights, rounded: no warning, which would be an error
+
+
+def test_a_tensor_without_entries_is_refused(tmp_path):
+    content = files.AdapterFile({}, {}, "0", {"a": np.zeros((0, 2), "float32")})
+    with pytest.raises(ValueError, match="no tensors without entries"):
+        files.write(tmp_path / "a.safetensors", content)
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_a_bfloat16_head_comes_back_exactly(tmp_path):

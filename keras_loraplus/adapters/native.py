@@ -1,29 +1,26 @@
 """Saves and loads adapters: A, B and whatever else was trained, in one safetensors file."""
 
-import json
-import os
-import tempfile
+import warnings
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from keras import ops
 
+from keras_loraplus.adapters import files
+from keras_loraplus.adapters.fingerprint import differs, fingerprint
 from keras_loraplus.enable import apply_plan, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
 from keras_loraplus.planning import Adaptation, Plan
 from keras_loraplus.structure import layers_by_path, variables_by_path
-
-FORMAT = "keras_loraplus"
-FORMAT_VERSION = 1
+from keras_loraplus.version import __version__
 
 
 def save_adapter(model, path, *, include_trainable=True):
     """Writes the adapters of a model, and what else it trains, to one safetensors file.
 
     Tensors are keyed by their place in the model, so that auto-numbered layer names do not matter.
-    The file's metadata holds each adapter's rank, alpha, init, scaling and dropout. A file is
-    written whole or not at all: under a temporary name in the same folder, then renamed.
+    The file also holds each adapter's rank, alpha, init, scaling and dropout, a digest of every
+    tensor, and some samples of the frozen matrices. It is written whole or not at all: under a
+    temporary name in the same folder, then renamed.
 
     Args:
         model: A model with adapters.
@@ -60,12 +57,8 @@ def save_adapter(model, path, *, include_trainable=True):
         value = ops.convert_to_numpy(variable)
         # numpy has no bfloat16 of its own; every bfloat16 is a float32.
         tensors[key] = np.ascontiguousarray(value, _numpy_dtype(variable))
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "adapters": json.dumps(specs, sort_keys=True),
-    }
-    _write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    base = {key: fingerprint(kernel) for key, kernel in _frozen_matrices(model).items()}
+    files.write(path, files.AdapterFile(specs, base, __version__, tensors))
     return path
 
 
@@ -75,7 +68,8 @@ def load_adapter(model, path):
     A model without adapters is enabled from the file's own metadata: the same layers with the
     same settings train, and everything else that the file does not hold is frozen. One that
     has adapters must have those of the file. Strict: whatever is missing, unexpected,
-    mis-shaped or not finite is listed in one error, and nothing has been changed.
+    mis-shaped, damaged or not finite is listed in one error, and nothing has been changed. A base
+    with other frozen weights than the adapter was trained beside gets a warning.
 
     Args:
         model: The model that the adapter was trained on, with or without adapters.
@@ -91,20 +85,20 @@ def load_adapter(model, path):
     Example:
         See `save_adapter`.
     """
-    metadata, tensors = _read(path)
-    specs = json.loads(metadata["adapters"])
+    content = files.read(path)
     plan = None
     if not _adapters_of(model):
-        plan = _plan_from_file(model, path, specs, tensors)
+        plan = _plan_from_file(model, path, content)
         apply_plan(plan, model)
     try:
-        targets = _checked_targets(model, path, specs, tensors)
+        targets = _checked_targets(model, path, content)
     except BaseException:
         if plan is not None:
             undo_plan(plan, model)
         raise
+    _warn_of_another_base(model, path, content.base)
     for key, variable in targets.items():
-        variable.assign(ops.cast(tensors[key], variable.dtype))
+        variable.assign(ops.cast(content.tensors[key], variable.dtype))
     return model
 
 
@@ -114,6 +108,31 @@ def _adapters_of(model):
         for path, layer in layers_by_path(model).items()
         if is_adapted(layer)
     }
+
+
+def _frozen_matrices(model):
+    return {
+        f"{path}/{name.lstrip('_')}" if path else name.lstrip("_"): getattr(layer, name)
+        for path, layer in layers_by_path(model).items()
+        if is_adapted(layer)
+        for name in layer.merged_names()
+    }
+
+
+def _warn_of_another_base(model, path, base):
+    found = {
+        key: differs(kernel, base[key])
+        for key, kernel in _frozen_matrices(model).items()
+        if key in base
+    }
+    changed = [f"{key} ({reason})" for key, reason in found.items() if reason]
+    if changed:
+        warnings.warn(
+            f"'{path}' was trained beside other frozen weights than those of '{model.name}': "
+            f"{changed[:5]}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Its "
+            "outputs will not be those it was trained for. Load the base weights first.",
+            stacklevel=3,
+        )
 
 
 def _saved_variables(model, include_trainable):
@@ -133,51 +152,8 @@ def _numpy_dtype(variable):
     return "float32" if variable.dtype == "bfloat16" else variable.dtype
 
 
-def _write_atomically(path, data):
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"The folder of '{path}' does not exist: '{folder}'. Make it first."
-        )
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".adapter-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
-def _read(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no adapter file '{path}'.")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"'{path}' is not a whole safetensors file: {error}. It may have been cut off while it "
-            "was copied, or be a pointer to the real file; fetch it again."
-        ) from error
-    if metadata.get("format") != FORMAT or "adapters" not in metadata:
-        raise ValueError(
-            f"'{path}' is a safetensors file but not one of `keras_loraplus.save_adapter`. "
-            f"Metadata found: {sorted(metadata)}."
-        )
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise ValueError(
-            f"'{path}' has adapter format version {metadata.get('format_version')}; this version "
-            f"of keras_loraplus reads {FORMAT_VERSION}. Install the version that wrote it."
-        )
-    return metadata, tensors
-
-
-def _plan_from_file(model, path, specs, tensors):
+def _plan_from_file(model, path, content):
+    specs, tensors = content.adapters, content.tensors
     layers = layers_by_path(model)
     missing = sorted(set(specs) - set(layers))
     if missing:
@@ -198,8 +174,9 @@ def _plan_from_file(model, path, specs, tensors):
     )
 
 
-def _checked_targets(model, path, specs, tensors):
+def _checked_targets(model, path, content):
     """Returns {key: variable} for every tensor of the file, or raises one error with all faults."""
+    specs, tensors = content.adapters, content.tensors
     expected = _saved_variables(model, include_trainable=True)
     factors = _saved_variables(model, include_trainable=False)
     if set(tensors) == set(factors):  # saved with include_trainable=False

@@ -1,0 +1,6 @@
+"""Adapters that outlive the process: save, load and inspect."""
+
+from keras_loraplus.adapters.inspection import Inspection, inspect_adapter
+from keras_loraplus.adapters.native import load_adapter, save_adapter
+
+__all__ = ["Inspection", "inspect_adapter", "load_adapter", "save_adapter"]
