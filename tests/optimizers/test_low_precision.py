@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from optimizer_cases import PATHS, apply, gradients, make_variables, start_values, to_numpy, train
-from tolerances import BFLOAT16, EXACT, FLOAT16, assert_close
+from tolerances import BFLOAT16, EXACT, FLOAT16, FLOAT32, assert_close
 
 from keras_loraplus.optimizers import LoRAPlusAdamW, factory, loraplus
 
@@ -87,12 +87,14 @@ def test_the_global_norm_is_float32():
 def test_accumulation_and_averages_in_low_precision():
     arguments = {"lr_ratio": 4.0, "gradient_accumulation_steps": 2, "use_ema": True}
     arguments |= {"ema_momentum": 0.5, "ema_overwrite_frequency": 3}
-    expected = train(LoRAPlusAdamW(1e-2, **arguments), make_variables(values=rounded("bfloat16")))
+    wide = make_variables(values=rounded("bfloat16"))
+    expected = train(LoRAPlusAdamW(1e-2, **arguments), wide, steps=8)
     variables = make_variables(LOW, values=rounded("bfloat16"))
     optimizer = LoRAPlusAdamW(1e-2, **arguments)
-    for path, value, right in zip(PATHS, train(optimizer, variables), expected, strict=True):
-        # Ten roundings of the weight, one a step.
-        assert_close(value, right, 10 * BFLOAT16 if path in LOW else 1e-6)
+    actual = train(optimizer, variables, steps=8)
+    for path, value, right in zip(PATHS, actual, expected, strict=True):
+        # Four roundings of the weight, one a step.
+        assert_close(value, right, 4 * BFLOAT16 if path in LOW else FLOAT32)
     optimizer.finalize_variable_values(variables)
     assert all(np.isfinite(value).all() for value in to_numpy(variables))
 
