@@ -88,7 +88,7 @@ def _torch(function, trained, size):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    # What is made of frozen tensors alone (a cast, a transposed copy) does not depend on A or B. The
+    # What is made of frozen tensors alone (a cast, a transposed copy) has nothing of A and B. The
     # tensors are kept, so that no other takes their address.
     kept = [t for t in _torch_leaves() if not t.requires_grad]
     frozen = {t.untyped_storage().data_ptr() for t in kept}
