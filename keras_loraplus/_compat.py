@@ -144,6 +144,8 @@ def drop_attribute(layer, name):
         layer._tracker.untrack(value)
     if isinstance(value, keras.Variable):
         layer._post_untrack_variable(value)
+        # An optimizer that was built on it can tell that it is gone.
+        value.trainable = False
     super(keras.layers.Layer, layer).__delattr__(name)
     return value
 

@@ -4,7 +4,6 @@ import dataclasses
 
 from keras_loraplus.adapters import files
 
-
 _SETTINGS = ("rank", "alpha", "scaling", "init", "dropout")
 
 

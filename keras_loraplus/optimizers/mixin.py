@@ -31,6 +31,8 @@ class _State:
         self.multipliers: list[float] = []
         self.has_low_precision = False
         self.in_apply = False
+        # Why the next training step would fail, said when it asks for the optimizer's variables.
+        self.refusal: str | None = None
         # What `exclude_from_weight_decay` was given.
         self.excluded_names: list[str] = []
         self.excluded_variables: list[Any] = []
@@ -165,7 +167,13 @@ class LoRAPlusMixin(StepMixin):
         """
         variables = list(variables)
         if self._is_built:
-            self._refuse_other_variables(variables)
+            reason = self._reason_against(variables)
+            if self._is_stale():
+                # Keras's trainers are asking, also those that only evaluate, which needs no
+                # optimizer. Training is refused where it begins.
+                self._loraplus.refusal = reason
+            elif reason:
+                raise ValueError(reason)
             return
         state = self._loraplus
         table = self._plan(variables)
@@ -181,19 +189,42 @@ class LoRAPlusMixin(StepMixin):
     def built(self) -> bool:
         """Whether the optimizer has its state for what the model trains now.
 
-        False again once a variable that it was built on has been frozen: Keras's trainers then call
-        `build`, which refuses variables it does not know. Without that the JAX trainer would fail
-        while tracing, when it has already taken the values out of the model.
+        False again once a variable that it was built on has been frozen or merged away: Keras's
+        trainers then call `build`, which finds variables it does not know. Without that the JAX
+        trainer would fail while tracing, when it has already taken the values out of the model.
         """
         if not self._is_built or self._loraplus.in_apply:
             return self._is_built
-        return all(variable.trainable for variable in self._trainable_variables)
+        return not self._is_stale()
 
     @built.setter
     def built(self, value: bool) -> None:
         self._is_built = value
 
-    def _refuse_other_variables(self, variables: Sequence[Any]) -> None:
+    def _is_stale(self) -> bool:
+        return not all(variable.trainable for variable in self._trainable_variables)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables.
+
+        Raises:
+            ValueError: On JAX, once, where training begins with variables that the optimizer was
+                not built on: Keras's trainer asks here, before it takes the values out of the
+                model. On TensorFlow and torch `apply` refuses.
+        """
+        state = self.__dict__.get("_loraplus")
+        if state is not None and state.refusal and keras.backend.backend() == "jax":
+            reason, state.refusal = state.refusal, None
+            raise ValueError(reason)
+        return super().variables
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, also of an optimizer that the model has left behind."""
+        self._loraplus.refusal = None
+        super().save_own_variables(store)
+
+    def _reason_against(self, variables: Sequence[Any]) -> str | None:
         known = self._trainable_variables_indices
         unknown = [path_of(v) for v in variables if self._var_key(v) not in known]
         # Keras's JAX trainer passes state by position and cannot leave a variable out.
@@ -205,11 +236,17 @@ class LoRAPlusMixin(StepMixin):
                 if unknown
                 else f"only {len(variables)} of them: {shorten([path_of(v) for v in variables])}"
             )
-            raise ValueError(
+            return (
                 f"This {type(self).__name__} can only train the variables that it was built on: "
                 f"{built_on}. Received {received}. What is trainable has changed since; create a "
                 "new optimizer and call `model.compile` with it. Nothing has been changed."
             )
+        return None
+
+    def _refuse_other_variables(self, variables: Sequence[Any]) -> None:
+        reason = self._reason_against(variables)
+        if reason:
+            raise ValueError(reason)
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
         known = self._trainable_variables_indices
