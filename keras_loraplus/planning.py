@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_loraplus import _compat
+from keras_loraplus.bypass import bypassed_layers
 from keras_loraplus.layers import AdapterSpec, is_adapted, lora_class_for, why_not_adoptable
 from keras_loraplus.outputs import output_layers
 
@@ -79,7 +80,8 @@ def make_plan(model, targets, exclude, trainable, spec_arguments, rank_pattern, 
     wanted = _targeted(candidates, targets, scope)
     excluded = _excluded(wanted, _as_list(exclude, "exclude"))
     wanted = [layer for layer in wanted if id(layer) not in excluded]
-    reasons = {id(layer): why_not_adoptable(layer) for layer in wanted}
+    bypassed = bypassed_layers(_compat.flatten_layers(scope))
+    reasons = {id(la): why_not_adoptable(la) or bypassed.get(id(la)) for la in wanted}
     for layer in _inside_weight_wrappers(layers):
         if id(layer) in reasons:
             reasons[id(layer)] = "a wrapper (SpectralNormalization) rewrites its kernel"
