@@ -18,7 +18,7 @@ class Gated(keras.layers.Layer):
         self.asked = keras.layers.Dense(width, name="asked")
         for layer in (self.called, self.read, self.asked):
             layer.build(input_shape)
-        self.start = float(ops.mean(self.called.kernel))  # not a forward pass
+        self.start = ops.convert_to_numpy(self.called.kernel).mean()  # not a forward pass
 
     def call(self, inputs):
         gate = ops.matmul(inputs, self.read.kernel)
