@@ -76,9 +76,11 @@ def snapshot(variables):
 
 
 def randomize(variables, seed=7, scale=0.5):
-    """Writes random non-zero values into variables of floating dtype."""
+    """Writes random non-zero values into weights of floating dtype."""
     rng = np.random.default_rng(seed)
     for variable in variables:
+        if variable.name == "lora_scaling":
+            continue
         if "float" in keras.backend.standardize_dtype(variable.dtype):
             variable.assign(rng.normal(scale=scale, size=variable.shape).astype("float32"))
 

@@ -156,6 +156,7 @@ def adopted_class(layer_class):
 def _adopted_init(self, *args, lora_plus=None, **kwargs):
     adopted = type(self)
     self.__dict__["_adapter"] = AdapterSpec.from_config(lora_plus["adapter"])
+    self.__dict__["_frozen_names"] = tuple(lora_plus["frozen"])
     super(adopted, self).__init__(*args, **kwargs)
 
 
@@ -168,6 +169,7 @@ def _adopted_get_config(self):
     base = adopted.plain_class
     config["lora_plus"] = {
         "adapter": adapter,
+        "frozen": list(self.frozen_names()),
         "class_name": base.__name__,
         "module": base.__module__,
         "registered_name": keras.saving.get_registered_name(base),

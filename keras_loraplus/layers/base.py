@@ -74,7 +74,11 @@ class LowRankLayer(_Mixed):
 
     def _build_adapter(self):
         self._check_adaptable()
-        _compat.freeze_variables(self, [getattr(self, pair.kernel) for pair in self._factors()])
+        _compat.freeze_variables(self, self._kernels())
+        names = self.__dict__.pop("_frozen_names", ())
+        own = _compat.own_variables(self)
+        # After the kernel, as in enabling: equal layers have equal orders of variables.
+        _compat.freeze_variables(self, [variable for variable in own if variable.name in names])
         self._build_factors(self._adapter)
         self.lora_scaling = self.add_weight(
             name="lora_scaling",
@@ -92,6 +96,23 @@ class LowRankLayer(_Mixed):
         # the scale has been applied.
         return self.add_weight(
             name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False
+        )
+
+    def _kernels(self):
+        return [getattr(self, pair.kernel) for pair in self._factors()]
+
+    def frozen_names(self):
+        """Returns the names of what is frozen for good beside the kernel, for example the bias.
+
+        The layer's config keeps them, so that a saved layer does not train more once it is loaded.
+        """
+        if not self.built:
+            return self.__dict__.get("_frozen_names", ())
+        others = {id(variable) for variable in (*self._kernels(), self.lora_scaling)}
+        return tuple(
+            variable.name
+            for variable in self._non_trainable_variables
+            if id(variable) not in others
         )
 
     def _build_factors(self, spec):
