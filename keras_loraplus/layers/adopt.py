@@ -289,9 +289,12 @@ def release(layer):
         for name in (*factors, "lora_scaling", "lora_seed_generator")
         if hasattr(layer, name)
     ]
-    frozen = [getattr(layer, pair.kernel) for pair in layer._factors()]
+    frozen = layer._kernels()
+    names = layer.frozen_names()
+    frozen += [variable for variable in _compat.own_variables(layer) if variable.name in names]
     before = layer.__dict__.pop("_before_adoption", None)
     layer.__dict__.pop("_adapter", None)
+    layer.__dict__.pop("_frozen_names", None)
     layer.__class__ = type(layer).plain_class
     if before is not None:
         _compat.restore_tracked_state(layer, before)

@@ -75,7 +75,7 @@ class LowRankLayer(_Mixed):
     def _build_adapter(self):
         self._check_adaptable()
         _compat.freeze_variables(self, self._kernels())
-        names = self.__dict__.pop("_frozen_names", ())
+        names = self.__dict__.get("_frozen_names", ())
         own = _compat.own_variables(self)
         # After the kernel, as in enabling: equal layers have equal orders of variables.
         _compat.freeze_variables(self, [variable for variable in own if variable.name in names])
@@ -106,13 +106,15 @@ class LowRankLayer(_Mixed):
 
         The layer's config keeps them, so that a saved layer does not train more once it is loaded.
         """
-        if not self.built:
+        before = self.__dict__.get("_before_adoption")
+        if before is None:
             return self.__dict__.get("_frozen_names", ())
-        others = {id(variable) for variable in (*self._kernels(), self.lora_scaling)}
+        kernels = {id(variable) for variable in self._kernels()}
+        still_trains = {id(variable) for variable in self._trainable_variables}
         return tuple(
             variable.name
-            for variable in self._non_trainable_variables
-            if id(variable) not in others
+            for variable, _ in before.trainable
+            if id(variable) not in kernels | still_trains
         )
 
     def _build_factors(self, spec):
