@@ -4,6 +4,7 @@
 #   make test        lint, types, the suite on each backend, and the built wheel
 #   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
 #   make lint        ruff, mypy and import rules
+#   make bench       measure against every peer; ARGS="--cases optimizer_step" passes options on
 #   make coverage    the suite on each backend, with one combined report
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ EXTRAS := examples,tensorflow,jax,torch,peft,dev
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-backends lint wheel coverage clean $(BACKENDS:%=test-%)
+.PHONY: setup demo test lint wheel bench coverage clean $(BACKENDS:%=test-%)
 
 setup: $(STAMP)
 
@@ -52,6 +53,9 @@ lint: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python tools/check_wheel.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 coverage: $(STAMP)
 	$(BIN)/coverage erase
