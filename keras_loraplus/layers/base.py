@@ -1,6 +1,7 @@
 """What every LoRA+ layer shares: settings, freezing, dropout, files and merging."""
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -116,6 +117,18 @@ class LowRankLayer(_Mixed):
             for variable, _ in before.trainable
             if id(variable) not in kernels | still_trains
         )
+
+    def _warn_of_rank(self, fan_in, fan_out):
+        """Warns of a rank that makes A and B larger than any product of theirs needs."""
+        rank = self._adapter.rank
+        if rank > max(fan_in, fan_out):
+            warnings.warn(
+                f"The rank {rank} of the adapter of layer '{self.path or self.name}' is larger "
+                f"than both sides of its kernel, {fan_in} and {fan_out}: it trains more numbers "
+                f"than the kernel has. A rank of at most {min(fan_in, fan_out)} can express the "
+                "same.",
+                stacklevel=2,
+            )
 
     def _build_factors(self, spec):
         raise NotImplementedError

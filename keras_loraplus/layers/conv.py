@@ -22,6 +22,7 @@ class LowRankConv(LowRankLayer):
         fan_in = channels
         for size in window:
             fan_in *= size
+        self._warn_of_rank(fan_in, filters)
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
         self.lora_kernel_a = self._add_factor(
             "lora_kernel_a", (*window, channels, spec.rank), a_init

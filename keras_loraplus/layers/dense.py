@@ -58,6 +58,7 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
 
     def _build_factors(self, spec):
         fan_in, units = self._kernel.shape
+        self._warn_of_rank(fan_in, units)
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
         self.lora_kernel_a = self._add_factor("lora_kernel_a", (fan_in, spec.rank), a_init)
         self.lora_kernel_b = self._add_factor("lora_kernel_b", (spec.rank, units), b_init)

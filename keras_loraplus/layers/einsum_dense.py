@@ -58,7 +58,9 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         split, axes = split_einsum(self.equation), kernel_axes(self.equation)
         shape = self._kernel.shape
         a_shape, b_shape = split.shapes(axes, shape, spec.rank)
-        a_init, b_init = factor_initializers(spec.init, split.fan_in(axes, shape), spec.rank)
+        fan_in = split.fan_in(axes, shape)
+        self._warn_of_rank(fan_in, split.fan_out(axes, shape))
+        a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
         self.lora_kernel_a = self._add_factor("lora_kernel_a", a_shape, a_init)
         self.lora_kernel_b = self._add_factor("lora_kernel_b", b_shape, b_init)
 

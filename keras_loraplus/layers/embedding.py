@@ -54,6 +54,7 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
     plain_class = keras.layers.Embedding
 
     def _build_factors(self, spec):
+        self._warn_of_rank(self.input_dim, self.output_dim)
         a_init, b_init = embedding_initializers(spec.init, spec.rank)
         self.lora_embeddings_a = self._add_factor(
             "lora_embeddings_a", (self.input_dim, spec.rank), a_init
