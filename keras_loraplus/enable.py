@@ -195,8 +195,8 @@ def merge_lora_plus(model):
         The same model.
 
     Raises:
-        ValueError: If the model has no adapters, or a merged kernel would hold NaN or infinity;
-            the model is unchanged.
+        ValueError: If the model has no adapters, they are disabled, or a merged kernel would hold
+            NaN or infinity; the model is unchanged.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -227,6 +227,11 @@ def merge_lora_plus(model):
 
 
 def _check_merge(layer):
+    if float(ops.convert_to_numpy(layer.lora_scaling)) == 0.0:
+        raise ValueError(
+            f"The adapter of layer '{layer_path(layer)}' is disabled, so that merging would change "
+            "the outputs. Nothing was merged. Merge after the `adapters_disabled` block."
+        )
     for name, value in layer.merged_values().items():
         if not bool(ops.all(ops.isfinite(ops.cast(value, "float32")))):
             parts = {

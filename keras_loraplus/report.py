@@ -22,7 +22,8 @@ class Report:
     Attributes:
         adapted: Tuple of `AdaptedLayer`.
         skipped: Tuple of pairs (path, reason) of layers that could not be adapted.
-        heads: Paths of the layers that produce the outputs, left trainable and unadapted.
+        heads: Paths of the layers that produce the outputs, left unadapted and as trainable as
+            they were.
         trainable: Paths of all trainable variables.
         trainable_parameters: Number of trainable parameters of the model.
         total_parameters: Number of all parameters of the model.
@@ -49,8 +50,10 @@ class Report:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        if self.heads:
-            lines.append(f"left trainable and unadapted: {', '.join(self.heads)}")
+        for head in self.heads:
+            trains = any(path.startswith(f"{head}/") for path in self.trainable)
+            how = "left trainable and unadapted" if trains else "left unadapted, frozen as it was"
+            lines.append(f"{how}: {head}")
         for path, reason in self.skipped:
             lines.append(f"not adaptable: {path}: {reason}")
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)

@@ -114,18 +114,28 @@ def _probe_call(layer, plain_class):
 
     setattr(Probe, attribute, property(read))
     layer_class = type(layer)
-    shapes = dict(_compat.build_shapes(layer) or {})
-    shape = next(iter(shapes.values()), None)
-    if attribute == "embeddings":
-        spec = keras.KerasTensor(shape or (None, None), dtype="int32")
-    else:
-        spec = keras.KerasTensor(shape, dtype=layer.compute_dtype)
+    arguments = _symbolic_arguments(layer, "int32" if attribute == "embeddings" else None)
     layer.__class__ = type(layer_class.__name__, (layer_class, Probe), {})
     try:
-        _compat.trace(layer.call, spec)
+        _compat.trace(layer.call, **arguments)
     finally:
         layer.__class__ = layer_class
     return seen["reached"], seen["bypassed"]
+
+
+def _symbolic_arguments(layer, dtype):
+    """Returns symbolic values for what a built layer's `call` requires."""
+    shapes = dict(_compat.build_shapes(layer) or {})
+    first, *others = inspect.signature(layer.call).parameters.values()
+    shape = next(iter(shapes.values()), None) or (None, None)
+    arguments = {first.name: keras.KerasTensor(shape, dtype=dtype or layer.compute_dtype)}
+    for parameter in others:
+        shape = shapes.get(f"{parameter.name}_shape")
+        if parameter.name == "training":
+            arguments["training"] = False
+        elif shape is not None:
+            arguments[parameter.name] = keras.KerasTensor(shape, dtype=layer.compute_dtype)
+    return arguments
 
 
 @functools.cache
@@ -140,6 +150,7 @@ def adopted_class(layer_class):
         "__module__": __name__,
         "get_config": _adopted_get_config,
         "plain_class": layer_class,
+        "_is_adopted": True,
     }
     adopted: Any = type(layer_class.__name__, bases, body)
     for method in ("enable_lora", "quantize"):
@@ -163,12 +174,9 @@ def _adopted_init(self, *args, lora_plus=None, **kwargs):
 def _adopted_get_config(self):
     adopted = type(self)
     config = super(adopted, self).get_config()
-    adapter = self.adapter.get_config()
-    for name in adapter:
-        config.pop(name, None)
     base = adopted.plain_class
     config["lora_plus"] = {
-        "adapter": adapter,
+        "adapter": self.adapter.get_config(),
         "frozen": list(self.frozen_names()),
         "class_name": base.__name__,
         "module": base.__module__,

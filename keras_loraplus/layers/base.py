@@ -45,6 +45,7 @@ class LowRankLayer(_Mixed):
 
     # The Keras class that merging leaves behind.
     plain_class: type
+    _is_adopted = False
 
     def __init__(
         self, *args, rank=8, alpha=None, init="loraplus", scaling="standard", dropout=0.0, **kwargs
@@ -354,6 +355,10 @@ class LowRankLayer(_Mixed):
         config = super().get_config()
         config.pop("lora_rank", None)
         config.pop("lora_alpha", None)
+        if self._is_adopted:
+            # The adapter's settings have a place of their own there: the user's class may have
+            # arguments of the same names.
+            return config
         return {**config, **self._adapter.get_config()}
 
 

@@ -53,6 +53,17 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
 
     plain_class = keras.layers.Embedding
 
+    def __init__(self, *args, weights=None, **kwargs):
+        """Takes the arguments of the Keras layer, and those of the adapter by name."""
+        super().__init__(*args, **kwargs)
+        if weights is None:
+            return
+        # Keras would set all variables of the layer; the values are those of the tables alone.
+        self.build()
+        values = weights if isinstance(weights, list) else [weights]
+        for table, value in zip(self._kernels(), values, strict=True):
+            table.assign(value)
+
     def _build_factors(self, spec):
         self._warn_of_rank(self.input_dim, self.output_dim)
         a_init, b_init = embedding_initializers(spec.init, spec.rank)
