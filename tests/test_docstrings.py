@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
+import tempfile
 
 import keras
 import numpy as np
@@ -13,6 +15,9 @@ import keras_loraplus
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(keras_loraplus.__path__, "keras_loraplus.")
 )
+# What a reader of an example is expected to have imported.
+IMPORTED = {"keras": keras, "klp": keras_loraplus, "np": np, "os": os, "tempfile": tempfile}
+
 PUBLIC = {name: getattr(keras_loraplus, name) for name in keras_loraplus.__all__}
 PUBLIC |= {
     f"layers.{name}": getattr(keras_loraplus.layers, name) for name in keras_loraplus.layers.__all__
@@ -32,7 +37,7 @@ def test_examples_run(name, tmp_path, monkeypatch):
     for test in examples(module):
         # Public names a reader would import; those of the module itself come first.
         names = {**vars(keras_loraplus), **vars(keras_loraplus.layers), **vars(module)}
-        test.globs = {**names, "keras": keras, "np": np, "klp": keras_loraplus}
+        test.globs = {**names, **IMPORTED}
         report: list = []
         failed, _ = runner.run(test, out=report.append)
         assert not failed, "".join(report)
