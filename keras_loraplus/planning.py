@@ -89,7 +89,7 @@ def make_plan(model, targets, exclude, trainable, spec_arguments, rank_pattern, 
     skipped = tuple((layer_path(la), reasons[id(la)]) for la in wanted if reasons[id(la)])
     if not adapted:
         raise ValueError(
-            f"No layer of '{scope.name}' can be adapted with targets={targets!r}, "
+            f"No layer of '{scope.name}' can be adapted with targets={_asked(targets, scope)}, "
             f"exclude={exclude!r}. {_listing(skipped)}{_adaptable_listing(candidates)}"
         )
     _check_explicit_targets(targets, adapted, skipped, candidates)
@@ -204,6 +204,12 @@ def _targeted(candidates, targets, scope):
             + _adaptable_listing(candidates)
         )
     return [la for la in candidates if any(matches(target, la) for target in targets)]
+
+
+def _asked(targets, scope):
+    if targets is None and _is_hub(scope):
+        return f"None (its default_lora_layer_names: {scope.default_lora_layer_names()})"
+    return repr(targets)
 
 
 def _excluded(wanted, exclude):

@@ -167,3 +167,15 @@ def test_a_language_model_with_a_reversible_embedding():
     assert relative_error(adapted, before) > 1e-2
     klp.merge_lora_plus(task)
     assert_close(to_numpy(task(x)), adapted, FLOAT32_MODEL)
+
+
+def test_a_backbone_whose_default_targets_do_not_exist():
+    """FNet has no attention; the error says what was looked for and what there is."""
+    backbone = keras_hub.models.FNetBackbone(
+        vocabulary_size=31, num_layers=1, hidden_dim=8, intermediate_dim=12
+    )
+    with pytest.raises(ValueError) as error:
+        klp.enable_lora_plus(backbone, rank=2)
+    message = str(error.value)
+    assert f"default_lora_layer_names: {backbone.default_lora_layer_names()}" in message
+    assert "token_embedding" in message
