@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from typing import Any
 
 import numpy as np
@@ -147,9 +147,10 @@ def _write_atomically(path, data):
         raise FileNotFoundError(
             f"The folder of '{path}' does not exist: '{folder}'. Make it first."
         )
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".adapter-", suffix=".tmp")
+    # Not `tempfile`, whose files only their owner may read: an adapter is a file like any other.
+    temporary = os.path.join(folder, f".adapter-{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -288,6 +288,12 @@ def test_every_random_damage_is_the_documented_error(saved):
             files.read(path)
 
 
+def test_the_file_has_the_rights_of_any_other(saved, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert os.stat(saved[1]).st_mode == os.stat(plain).st_mode
+
+
 def test_inspection_needs_no_model(saved, capsys):
     inspection = klp.inspect_adapter(saved[1])
     assert inspection.adapters == {
