@@ -179,9 +179,12 @@ class StepMixin(_Optimizer):
         self, trainable_variables: Sequence[Any]
     ) -> None:
         averages = self._model_variables_moving_average
-        if not self._loraplus.has_low_precision:
+        # Keras's own step on JAX (3.15.1) makes both variables hold one buffer, which the next
+        # `fit` donates twice: it fails and the weights are gone.
+        shares_buffers = keras.backend.backend() == "jax"
+        if not self._loraplus.has_low_precision and not shares_buffers:
             super()._overwrite_model_variables_with_average_value(trainable_variables)
             return
         for variable, average in zip(trainable_variables, averages, strict=True):
             if average is not None:
-                self.assign(variable, average)
+                self.assign(variable, keras.ops.copy(average))

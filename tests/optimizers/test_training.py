@@ -359,3 +359,23 @@ def test_a_trainable_bfloat16_embedding(name):
     before = to_numpy(model.trainable_variables)
     after = fit_embedding(model)
     assert np.any(after[0][:5] != before[0][:5]) and np.isfinite(after[0]).all()
+
+
+def test_averaged_weights_train_on_in_a_second_fit():
+    once, twice = make_model(), make_model()
+    for model in (once, twice):
+        model.compile(LoRAPlusAdamW(1e-2, use_ema=True, ema_momentum=0.5), loss="mse")
+    fit(once)
+    fit(twice)
+    averaged = list(trainable_values(twice).values())
+    for value, average in zip(
+        averaged, to_numpy(twice.optimizer._model_variables_moving_average), strict=True
+    ):
+        assert_close(value, average, EXACT)
+    fit(twice)
+    for value, start, other in zip(
+        trainable_values(twice).values(), averaged, trainable_values(once).values(), strict=True
+    ):
+        assert_close(other, start, EXACT)
+        assert np.isfinite(value).all()
+        assert np.abs(value - start).max() > 1e-4
