@@ -3,6 +3,13 @@
 from keras_loraplus import layers, optimizers
 from keras_loraplus.adapters import inspect_adapter, load_adapter, save_adapter
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
+from keras_loraplus.named import (
+    active_adapter,
+    add_adapter,
+    delete_adapter,
+    list_adapters,
+    set_adapter,
+)
 from keras_loraplus.optimizers import LoRAPlusAdamW, assignments, loraplus
 from keras_loraplus.report import Report
 from keras_loraplus.switching import adapters_disabled
@@ -12,14 +19,19 @@ __all__ = [
     "LoRAPlusAdamW",
     "Report",
     "__version__",
+    "active_adapter",
     "adapters_disabled",
+    "add_adapter",
     "assignments",
+    "delete_adapter",
     "enable_lora_plus",
     "inspect_adapter",
     "layers",
+    "list_adapters",
     "load_adapter",
     "loraplus",
     "merge_lora_plus",
     "optimizers",
     "save_adapter",
+    "set_adapter",
 ]

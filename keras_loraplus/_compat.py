@@ -6,6 +6,7 @@ Every use says why the public API does not do, and the Keras version it was chec
 import contextlib
 import dataclasses
 import inspect
+import re
 import sys
 import types
 
@@ -263,6 +264,58 @@ def with_fast_gradient(a):
 
     transposed = jax.lax.optimization_barrier(keras.ops.moveaxis(a, -1, 0))
     return keras.ops.moveaxis(transposed, 0, -1)
+
+
+@contextlib.contextmanager
+def laid_out_as(kernel, axes):
+    """Lays out what a layer adds inside the block over devices as its kernel is.
+
+    Under `keras.distribution.ModelParallel` a variable's layout is looked up by its path. A rule
+    for kernels, `.*query.*kernel.*` say, also matches `query/lora_kernel_a`, which has other axes.
+    So a rule counts for a factor only if it does not match the kernel itself; otherwise the factor
+    takes the layout of the kernel's axes, and its rank is on every device.
+
+    `Layer.add_weight` takes no layout, `Variable._layout` and `ModelParallel._layout_map` are not
+    public, and the current distribution is asked for by attribute (3.15.1).
+
+    Args:
+        kernel: The frozen variable.
+        axes: For every axis of the new variable the kernel's axis, None for none of them.
+    """
+    outer = keras.distribution.distribution()
+    layout = getattr(kernel, "_layout", None)
+    if outer is None or not isinstance(layout, keras.distribution.TensorLayout):
+        yield
+        return
+    global_state.set_global_attribute("distribution", _LaidOutAs(outer, kernel, axes))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("distribution", outer)
+
+
+class _LaidOutAs:
+    """Answers what a new variable asks of the current distribution."""
+
+    def __init__(self, outer, kernel, axes):
+        self.outer, self.kernel, self.axes = outer, kernel, axes
+
+    def get_variable_layout(self, variable):
+        rules = getattr(self.outer, "_layout_map", {})
+        own = [
+            rule
+            for rule in rules
+            if _matches(rule, variable.path) and not _matches(rule, self.kernel.path)
+        ]
+        if own:
+            return rules[own[0]]
+        layout = self.kernel._layout
+        axes = [None if axis is None else layout.axes[axis] for axis in self.axes]
+        return keras.distribution.TensorLayout(axes, layout.device_mesh)
+
+
+def _matches(rule, path):
+    return rule == path or re.fullmatch(rule, path) is not None
 
 
 def build_shapes(layer):
@@ -576,6 +629,28 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
         maximize=False,
     )
     return True
+
+
+def learning_rate_variable(optimizer):
+    """Returns the variable that holds an optimizer's rate, None where a schedule gives it.
+
+    `Optimizer._learning_rate` (3.15.1): the public property reads a value.
+    """
+    return getattr(_innermost(optimizer), "_learning_rate", None)
+
+
+def optimized_variables(optimizer):
+    """Returns the model variables that an optimizer was built on.
+
+    `Optimizer._trainable_variables` (3.15.1): the public `variables` are the optimizer's own.
+    """
+    return list(_innermost(optimizer)._trainable_variables)
+
+
+def _innermost(optimizer):
+    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
 
 def is_functional(layer):

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import adopt, is_adapted, release
+from keras_loraplus.named import forget_adapters, waiting_adapters
 from keras_loraplus.planning import layer_path, make_plan
 from keras_loraplus.report import AdaptedLayer, Report, count_parameters
 
@@ -28,6 +29,7 @@ def enable_lora_plus(
     init="loraplus",
     scaling="standard",
     dropout=0.0,
+    max_rank=None,
     rank_pattern=None,
     alpha_pattern=None,
     trainable=(),
@@ -55,6 +57,8 @@ def enable_lora_plus(
             initializers.
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which each adapter's input is dropped while training.
+        max_rank: Rank up to which every A and B has room, filled with zeros, so that named adapters
+            of other ranks can share the model (`add_adapter`); `None` means each layer's rank.
         rank_pattern: Dict from layer name or regular expression to that layer's rank.
         alpha_pattern: Dict from layer name or regular expression to that layer's alpha.
         trainable: Regular expressions that fullmatch paths of variables to leave trainable, for
@@ -82,6 +86,7 @@ def enable_lora_plus(
         "init": init,
         "scaling": scaling,
         "dropout": dropout,
+        "max_rank": max_rank,
     }
     plan = make_plan(
         model, targets, exclude, trainable, spec_arguments, rank_pattern, alpha_pattern
@@ -195,8 +200,8 @@ def merge_lora_plus(model):
         The same model.
 
     Raises:
-        ValueError: If the model has no adapters, they are disabled, or a merged kernel would hold
-            NaN or infinity; the model is unchanged.
+        ValueError: If the model has no adapters, they are disabled, it has named adapters beside
+            the active one, or a merged kernel would hold NaN or infinity; the model is unchanged.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -214,12 +219,21 @@ def merge_lora_plus(model):
             f"The model '{model.name}' has no LoRA+ adapters to merge. Either it was merged "
             "already, or `keras_loraplus.enable_lora_plus(model)` has not been called."
         )
+    waiting = waiting_adapters(adapted)
+    if waiting:
+        raise ValueError(
+            f"Merging is final, and the model '{model.name}' has adapters beside the active one "
+            f"that would be lost: {waiting}. Nothing was merged. Save them "
+            "(`keras_loraplus.save_adapter(model, path, adapter=name)`) and delete them "
+            "(`keras_loraplus.delete_adapter(model, name)`) first."
+        )
     for layer in adapted:
         _check_merge(layer)
     for layer in adapted:
         for name, value in layer.merged_values().items():
             getattr(layer, name).assign(value)
         release(layer)
+    forget_adapters(adapted)
     _restore_flags(layers)
     if hasattr(model, "predict_function"):
         _compat.clear_compiled_state(model)

@@ -104,7 +104,7 @@ def load_adapter(model, path):
 
 def _adapters_of(model):
     return {
-        path: layer.adapter.get_config()
+        path: layer.adapter.own_config()
         for path, layer in layers_by_path(model).items()
         if is_adapted(layer)
     }

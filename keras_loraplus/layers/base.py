@@ -1,8 +1,7 @@
 """What every LoRA+ layer shares: settings, freezing, dropout, files and merging."""
 
-import dataclasses
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 from keras import ops
@@ -17,29 +16,11 @@ else:
     _Mixed = object
 
 
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """One frozen matrix of a layer and the two factors beside it.
-
-    Attributes:
-        kernel: Name of the attribute that holds the frozen variable.
-        a: Name of the attribute that holds A.
-        b: Name of the attribute that holds B.
-        product: Function of the float32 values of A and B that returns A B in the
-            kernel's shape.
-    """
-
-    kernel: str
-    a: str
-    b: str
-    product: Any
-
-
 class LowRankLayer(_Mixed):
     """Mixin in front of a Keras layer that freezes its kernel and adds `s (x A) B`.
 
-    A subclass creates its factors in `_build_factors`, adds them in `call`, and lists them in
-    `_factors`. The scale s is a non-trainable float32 scalar, so that merging and disabling also
+    A subclass says how its factors are made in `_plan_factors`, adds them in `call`, and lists them
+    in `_factors`. The scale s is a non-trainable float32 scalar, so that merging and disabling also
     hold in functions that were traced before.
     """
 
@@ -48,7 +29,15 @@ class LowRankLayer(_Mixed):
     _is_adopted = False
 
     def __init__(
-        self, *args, rank=8, alpha=None, init="loraplus", scaling="standard", dropout=0.0, **kwargs
+        self,
+        *args,
+        rank=8,
+        alpha=None,
+        init="loraplus",
+        scaling="standard",
+        dropout=0.0,
+        max_rank=None,
+        **kwargs,
     ):
         """Checks the adapter's settings, then makes the Keras layer."""
         if kwargs.pop("lora_rank", None) is not None or kwargs.pop("lora_alpha", None) is not None:
@@ -56,7 +45,7 @@ class LowRankLayer(_Mixed):
                 f"{type(self).__name__} takes `rank` and `alpha`, not Keras's `lora_rank` and "
                 "`lora_alpha`. Pass rank=... and alpha=... instead."
             )
-        spec = AdapterSpec(rank, alpha, init, scaling, dropout)
+        spec = AdapterSpec(rank, alpha, init, scaling, dropout, max_rank)
         # Before Keras's own __init__, because `Embedding(weights=...)` builds inside it; past
         # __setattr__, because that needs it. An adopting class has put its own settings already.
         self.__dict__.setdefault("_adapter", spec)
@@ -82,23 +71,34 @@ class LowRankLayer(_Mixed):
         # After the kernel, as in enabling: equal layers have equal orders of variables.
         _compat.freeze_variables(self, [variable for variable in own if variable.name in names])
         self._build_factors(self._adapter)
-        self.lora_scaling = self.add_weight(
-            name="lora_scaling",
-            shape=(),
-            initializer=keras.initializers.Constant(self._adapter.scale),
-            dtype="float32",
-            autocast=False,
-            trainable=False,
-        )
+        with _compat.laid_out_as(self._kernels()[0], ()):
+            self.lora_scaling = self.add_weight(
+                name="lora_scaling",
+                shape=(),
+                initializer=keras.initializers.Constant(self._adapter.scale),
+                dtype="float32",
+                autocast=False,
+                trainable=False,
+            )
         if self._adapter.dropout:
             self.lora_seed_generator = keras.random.SeedGenerator()
 
-    def _add_factor(self, name, shape, initializer):
-        # autocast=False: A and B are read in float32 under every policy and cast once, after
-        # the scale has been applied.
-        return self.add_weight(
-            name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False
-        )
+    def _build_factors(self, spec):
+        factors = self._plan_factors(spec)
+        for a, b in zip(factors[::2], factors[1::2], strict=True):
+            self._warn_of_rank(a.fan, b.fan)
+        for factor in factors:
+            # autocast=False: A and B are read in float32 under every policy and cast once, after
+            # the scale has been applied.
+            with _compat.laid_out_as(getattr(self, factor.kernel), factor.kernel_axes):
+                variable = self.add_weight(
+                    name=factor.name,
+                    shape=factor.shape_at(spec.width),
+                    initializer=factor.initial(spec.width),
+                    dtype="float32",
+                    autocast=False,
+                )
+            setattr(self, factor.name, variable)
 
     def _kernels(self):
         return [getattr(self, pair.kernel) for pair in self._factors()]
@@ -121,7 +121,7 @@ class LowRankLayer(_Mixed):
 
     def _warn_of_rank(self, fan_in, fan_out):
         """Warns of a rank that makes A and B larger than any product of theirs needs."""
-        rank = self._adapter.rank
+        rank = self._adapter.width
         if rank > max(fan_in, fan_out):
             warnings.warn(
                 f"The rank {rank} of the adapter of layer '{self.path or self.name}' is larger "
@@ -131,8 +131,12 @@ class LowRankLayer(_Mixed):
                 stacklevel=2,
             )
 
-    def _build_factors(self, spec):
+    def _plan_factors(self, spec) -> list:
         raise NotImplementedError
+
+    def factors(self):
+        """Returns the `Factor` of every variable of `adapter_variables`, by name."""
+        return {factor.name: factor for factor in self._plan_factors(self._adapter)}
 
     def _factors(self):
         raise NotImplementedError
@@ -162,7 +166,14 @@ class LowRankLayer(_Mixed):
 
     @classmethod
     def from_layer(
-        cls, layer, rank=8, alpha=None, init="loraplus", scaling="standard", dropout=0.0
+        cls,
+        layer,
+        rank=8,
+        alpha=None,
+        init="loraplus",
+        scaling="standard",
+        dropout=0.0,
+        max_rank=None,
     ):
         """Gives a built Keras layer an adapter in place.
 
@@ -177,6 +188,7 @@ class LowRankLayer(_Mixed):
             init: `"loraplus"`, `"lora"` or a pair of Keras initializers.
             scaling: `"standard"` or `"rslora"`.
             dropout: Rate at which the adapter's input is dropped while training.
+            max_rank: Rank up to which A and B have room; `None` means `rank`.
 
         Returns:
             The same layer object, now an instance of this class.
@@ -192,7 +204,7 @@ class LowRankLayer(_Mixed):
         """
         from keras_loraplus.layers.adopt import adopt, lora_class_for
 
-        spec = AdapterSpec(rank, alpha, init, scaling, dropout)
+        spec = AdapterSpec(rank, alpha, init, scaling, dropout, max_rank)
         found = lora_class_for(type(layer))
         if found is None or not issubclass(found, cls):
             raise ValueError(
@@ -232,6 +244,26 @@ class LowRankLayer(_Mixed):
         return keras.random.dropout(
             inputs, self._adapter.dropout, noise_shape=noise_shape, seed=self.lora_seed_generator
         )
+
+    def initial_factors(self, spec):
+        """Returns new initial values of A and B for an adapter of other settings.
+
+        Args:
+            spec: An `AdapterSpec` of the same `max_rank`.
+
+        Returns:
+            Dict from the name of a variable to its value, zeros beyond the rank.
+        """
+        width = self._adapter.width
+        return {
+            factor.name: factor.initial(width)(factor.shape_at(width), dtype="float32")
+            for factor in self._plan_factors(spec)
+        }
+
+    def take_spec(self, spec):
+        """Takes the rank and scale of another adapter, whose A and B have been assigned."""
+        self.__dict__["_adapter"] = spec
+        self.lora_scaling.assign(spec.scale)
 
     def merged_values(self):
         """Returns `W + s A B` for every frozen matrix of the layer.
@@ -289,6 +321,9 @@ class LowRankLayer(_Mixed):
 
     def save_own_variables(self, store):
         """Stores the frozen layer under its usual keys, and A, B and s under their names."""
+        adapters = self.__dict__.get("_lora_plus_adapters")
+        if adapters is not None:
+            adapters.warn_of_saving(self)
         super().save_own_variables(store)
         if not self.built:
             return

@@ -3,7 +3,8 @@
 import keras
 from keras import ops
 
-from keras_loraplus.layers.base import Factors, LowRankLayer
+from keras_loraplus.layers.base import LowRankLayer
+from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import factor_initializers
 
 
@@ -17,17 +18,18 @@ class LowRankConv(LowRankLayer):
     and B's columns belong to the group of their filter, so that merging stays exact.
     """
 
-    def _build_factors(self, spec):
+    def _plan_factors(self, spec):
         *window, channels, filters = self._kernel.shape
         fan_in = channels
         for size in window:
             fan_in *= size
-        self._warn_of_rank(fan_in, filters)
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
-        self.lora_kernel_a = self._add_factor(
-            "lora_kernel_a", (*window, channels, spec.rank), a_init
-        )
-        self.lora_kernel_b = self._add_factor("lora_kernel_b", (spec.rank, filters), b_init)
+        a_shape = (*window, channels, spec.rank)
+        a_axes = (*range(len(window) + 1), None)
+        return [
+            Factor("lora_kernel_a", a_shape, a_init, fan_in, a_axes),
+            Factor("lora_kernel_b", (spec.rank, filters), b_init, filters, (None, len(window) + 1)),
+        ]
 
     def _factors(self):
         return (Factors("_kernel", "lora_kernel_a", "lora_kernel_b", ops.matmul),)
@@ -77,7 +79,7 @@ class LowRankConv(LowRankLayer):
         if groups == 1:
             equation = "br...,rm->bm..." if self._channel_axis == 1 else "b...r,rm->b...m"
             return ops.einsum(equation, inner, b)
-        b = ops.reshape(b, (self.adapter.rank, groups, self.filters // groups))
+        b = ops.reshape(b, (b.shape[0], groups, self.filters // groups))
         inner = ops.reshape(inner, (-1, groups, *inner.shape[1:]))
         equation = "bgr...,rgm->bgm..." if self._channel_axis == 1 else "bg...r,rgm->b...gm"
         outputs = ops.einsum(equation, inner, b)
@@ -110,6 +112,8 @@ _DOC = """A {n}D convolution that trains two thin tensors beside a frozen kernel
             fan-in is kernel size times input channels (of one group).
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which the adapter's input is dropped while training.
+        max_rank: Rank up to which A and B have room, filled with zeros, for adapters of other
+            ranks (`keras_loraplus.add_adapter`); `None` means `rank`.
         **kwargs: Further arguments of `keras.layers.Conv{n}D`, `groups` and `padding` included.
 
     Input shape:

@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_loraplus import _compat
-from keras_loraplus.layers.base import Factors, LowRankLayer
+from keras_loraplus.layers.base import LowRankLayer
+from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import factor_initializers
 
 
@@ -29,6 +30,8 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
             exactly one is zeros.
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which the adapter's input is dropped while training.
+        max_rank: Rank up to which A and B have room, filled with zeros, for adapters of other
+            ranks (`keras_loraplus.add_adapter`); `None` means `rank`.
         **kwargs: Further arguments of `keras.layers.Dense`.
 
     Input shape:
@@ -56,12 +59,13 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
 
     plain_class = keras.layers.Dense
 
-    def _build_factors(self, spec):
+    def _plan_factors(self, spec):
         fan_in, units = self._kernel.shape
-        self._warn_of_rank(fan_in, units)
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
-        self.lora_kernel_a = self._add_factor("lora_kernel_a", (fan_in, spec.rank), a_init)
-        self.lora_kernel_b = self._add_factor("lora_kernel_b", (spec.rank, units), b_init)
+        return [
+            Factor("lora_kernel_a", (fan_in, spec.rank), a_init, fan_in, (0, None)),
+            Factor("lora_kernel_b", (spec.rank, units), b_init, units, (None, 1)),
+        ]
 
     def _factors(self):
         return (Factors("_kernel", "lora_kernel_a", "lora_kernel_b", ops.matmul),)

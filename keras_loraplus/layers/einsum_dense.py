@@ -4,8 +4,9 @@ import keras
 from keras import ops
 
 from keras_loraplus import _compat
-from keras_loraplus.layers.base import Factors, LowRankLayer
+from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
+from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import factor_initializers
 
 
@@ -28,6 +29,8 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
             the fan-in is the product of the contracted axes.
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which the adapter's input is dropped while training.
+        max_rank: Rank up to which A and B have room, filled with zeros, for adapters of other
+            ranks (`keras_loraplus.add_adapter`); `None` means `rank`.
         **kwargs: Further arguments of `keras.layers.EinsumDense`.
 
     Input shape:
@@ -54,15 +57,20 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
 
     plain_class = keras.layers.EinsumDense
 
-    def _build_factors(self, spec):
+    def _plan_factors(self, spec):
         split, axes = split_einsum(self.equation), kernel_axes(self.equation)
         shape = self._kernel.shape
         a_shape, b_shape = split.shapes(axes, shape, spec.rank)
         fan_in = split.fan_in(axes, shape)
-        self._warn_of_rank(fan_in, split.fan_out(axes, shape))
+        fan_out = split.fan_out(axes, shape)
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
-        self.lora_kernel_a = self._add_factor("lora_kernel_a", a_shape, a_init)
-        self.lora_kernel_b = self._add_factor("lora_kernel_b", b_shape, b_init)
+        where = {axis: position for position, axis in enumerate(axes)}
+        a_axes = (*(where[axis] for axis in split.a_axes), None)
+        b_axes = tuple(where.get(axis) for axis in split.b_axes)
+        return [
+            Factor("lora_kernel_a", a_shape, a_init, fan_in, a_axes),
+            Factor("lora_kernel_b", b_shape, b_init, fan_out, b_axes),
+        ]
 
     def _factors(self):
         delta = split_einsum(self.equation).delta

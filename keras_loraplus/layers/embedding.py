@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_loraplus import _compat
-from keras_loraplus.layers.base import Factors, LowRankLayer
+from keras_loraplus.layers.base import LowRankLayer
+from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import embedding_initializers, factor_initializers
 
 
@@ -26,6 +27,8 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which the adapter's input, a one-hot row per token, is dropped while
             training: the whole token loses its `s A[t] B`.
+        max_rank: Rank up to which A and B have room, filled with zeros, for adapters of other
+            ranks (`keras_loraplus.add_adapter`); `None` means `rank`.
         **kwargs: Further arguments of `keras.layers.Embedding`.
 
     Input shape:
@@ -64,15 +67,15 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
         for table, value in zip(self._kernels(), values, strict=True):
             table.assign(value)
 
-    def _build_factors(self, spec):
-        self._warn_of_rank(self.input_dim, self.output_dim)
+    def _plan_factors(self, spec):
+        vocabulary, dim = self.input_dim, self.output_dim
         a_init, b_init = embedding_initializers(spec.init, spec.rank)
-        self.lora_embeddings_a = self._add_factor(
-            "lora_embeddings_a", (self.input_dim, spec.rank), a_init
-        )
-        self.lora_embeddings_b = self._add_factor(
-            "lora_embeddings_b", (spec.rank, self.output_dim), b_init
-        )
+        a_shape, b_shape = (vocabulary, spec.rank), (spec.rank, dim)
+        a_axes, b_axes, table = (0, None), (None, 1), "_embeddings"
+        return [
+            Factor("lora_embeddings_a", a_shape, a_init, vocabulary, a_axes, table),
+            Factor("lora_embeddings_b", b_shape, b_init, dim, b_axes, table),
+        ]
 
     def _factors(self):
         return (Factors("_embeddings", "lora_embeddings_a", "lora_embeddings_b", ops.matmul),)
@@ -124,6 +127,8 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
         scaling: `"standard"` or `"rslora"`.
         dropout: Rate at which the adapter's input is dropped while training; in reverse it is an
             ordinary dropout of x.
+        max_rank: Rank up to which A and B have room, filled with zeros, for adapters of other
+            ranks (`keras_loraplus.add_adapter`); `None` means `rank`.
         **kwargs: Further arguments of `keras.layers.ReversibleEmbedding`.
 
     Input shape:
@@ -146,13 +151,19 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
 
     plain_class = keras.layers.ReversibleEmbedding
 
-    def _build_factors(self, spec):
-        super()._build_factors(spec)
+    def _plan_factors(self, spec):
+        factors = super()._plan_factors(spec)
         if self.tie_weights:
-            return
-        a_init, b_init = factor_initializers(spec.init, self.output_dim, spec.rank)
-        self.lora_kernel_a = self._add_factor("lora_kernel_a", (self.output_dim, spec.rank), a_init)
-        self.lora_kernel_b = self._add_factor("lora_kernel_b", (spec.rank, self.input_dim), b_init)
+            return factors
+        vocabulary, dim = self.input_dim, self.output_dim
+        a_init, b_init = factor_initializers(spec.init, dim, spec.rank)
+        a_shape, b_shape = (dim, spec.rank), (spec.rank, vocabulary)
+        a_axes, b_axes, table = (0, None), (None, 1), "reverse_embeddings"
+        return [
+            *factors,
+            Factor("lora_kernel_a", a_shape, a_init, dim, a_axes, table),
+            Factor("lora_kernel_b", b_shape, b_init, vocabulary, b_axes, table),
+        ]
 
     def _factors(self):
         pairs = super()._factors()

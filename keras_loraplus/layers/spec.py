@@ -30,6 +30,8 @@ class AdapterSpec:
         scaling: `"standard"` or `"rslora"`.
         dropout: Float in [0, 1), the rate at which the adapter's input is dropped
             while training.
+        max_rank: Integer of at least `rank`, up to which A and B have room, filled with zeros, so
+            that adapters of other ranks can take their place; `None` means `rank`.
 
     Raises:
         ValueError: If any argument is out of its range; nothing else is touched.
@@ -46,6 +48,7 @@ class AdapterSpec:
     init: Any = "loraplus"
     scaling: str = "standard"
     dropout: float = 0.0
+    max_rank: int | None = None
 
     def __post_init__(self):
         """Checks every setting and fills in what has a default."""
@@ -58,6 +61,13 @@ class AdapterSpec:
                 f"`scaling` must be one of {list(SCALINGS)}. Received: scaling={self.scaling!r}."
             )
         object.__setattr__(self, "dropout", _checked_dropout(self.dropout))
+        if self.max_rank is not None:
+            object.__setattr__(self, "max_rank", _checked_max_rank(self.max_rank, self.rank))
+
+    @property
+    def width(self):
+        """The inner width of the variables of A and B: `max_rank`, or the rank."""
+        return self.rank if self.max_rank is None else self.max_rank
 
     @property
     def scale(self):
@@ -77,7 +87,14 @@ class AdapterSpec:
             "init": init,
             "scaling": self.scaling,
             "dropout": self.dropout,
+            "max_rank": self.max_rank,
         }
+
+    def own_config(self):
+        """Returns the settings of the adapter itself, without the room that its model has."""
+        config = self.get_config()
+        del config["max_rank"]
+        return config
 
     @classmethod
     def from_config(cls, config):
@@ -92,6 +109,16 @@ def _checked_rank(rank):
             f"Received: rank={rank!r} (of type {type(rank).__name__})."
         )
     return int(rank)
+
+
+def _checked_max_rank(max_rank, rank):
+    whole = isinstance(max_rank, numbers.Integral) and not isinstance(max_rank, bool)
+    if not whole or max_rank < rank:
+        raise ValueError(
+            f"`max_rank` must be None or an integer of at least the rank, {rank}. "
+            f"Received: max_rank={max_rank!r} (of type {type(max_rank).__name__})."
+        )
+    return int(max_rank)
 
 
 def _is_real(value):
