@@ -1,5 +1,7 @@
 """Enables LoRA+ on a model, and merges it away again."""
 
+import json
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,6 +13,7 @@ from keras_loraplus.planning import layer_path, make_plan
 from keras_loraplus.report import AdaptedLayer, Report, count_parameters
 
 _BEFORE = "_before_lora_plus"
+_TARGETS = "_lora_plus_targets"
 
 # Layers that write to their frozen variables when they are called with `training=True`.
 _CHANGED_BY_TRAINING_CALLS = (
@@ -113,6 +116,8 @@ def apply_plan(plan, model):
     except BaseException:
         undo_plan(plan, model)
         raise
+    # As text: Keras walks lists among a layer's attributes when it saves.
+    plan.scope.__dict__[_TARGETS] = json.dumps(plan.targets)
     _compat.clear_compiled_state(model)
     if plan.scope is not model:
         _compat.clear_compiled_state(plan.scope)
@@ -124,6 +129,22 @@ def undo_plan(plan, model):
         if is_adapted(adaptation.layer):
             release(adaptation.layer)
     _restore_flags(_compat.flatten_layers(model))
+
+
+def targets_of(model):
+    """Returns the `targets` that a model, or a part of it, was enabled with.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        A text or a list of texts; None for the default, and where they are not known because the
+        model was loaded with its adapters.
+    """
+    for layer in _compat.flatten_layers(model):
+        if _TARGETS in layer.__dict__:
+            return json.loads(layer.__dict__[_TARGETS])
+    return None
 
 
 def _freeze_the_rest(plan):
@@ -154,6 +175,7 @@ def _restore_flags(layers):
     _compat.refresh_torch_parameters(layers)
     for layer in layers:
         _compat.run_in_any_mode(layer)
+        layer.__dict__.pop(_TARGETS, None)
         before = layer.__dict__.pop(_BEFORE, None)
         if before is not None:
             _compat.restore_tracked_state(layer, before)

@@ -37,6 +37,7 @@ class Plan:
         skipped: Pairs (path, reason) of layers that cannot be adapted.
         heads: Layers that produce the outputs and stay as they are.
         kept: Further variables that stay trainable.
+        targets: The `targets` that were asked for: None, a text, or a list of texts.
     """
 
     scope: Any
@@ -44,6 +45,7 @@ class Plan:
     skipped: tuple
     heads: tuple
     kept: tuple
+    targets: Any = None
 
 
 def layer_path(layer):
@@ -104,6 +106,7 @@ def make_plan(model, targets, exclude, trainable, spec_arguments, rank_pattern, 
         skipped=skipped,
         heads=heads,
         kept=kept,
+        targets=targets if targets is None or isinstance(targets, str) else list(targets),
     )
 
 

@@ -1,23 +1,28 @@
 """The adapter file: one safetensors file whose every byte is accounted for.
 
-Beside the tensors the file holds one JSON text, its description, and the SHA-256 of that text. The
-description holds a SHA-256 of every tensor, dtype and shape included. So a file is either what was
-written, or it is refused.
+Beside the tensors the file holds one JSON text, its description, in a header that is sealed by its
+own SHA-256 (`container`). The description holds a digest of every tensor: key, dtype, shape and
+bytes. So a file is either what was written, or it is refused.
+
+Imports neither keras nor a backend, so that a file can be read, and its writing be tested, without.
 """
 
+import base64
+import binascii
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
+from keras_loraplus.adapters import container
+from keras_loraplus.adapters.atomic import write_atomically
 
 FORMAT = "keras_loraplus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# Bytes of SHA-256 that are kept of each tensor: 128 bits, far beyond what chance or wear can match.
+_DIGEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +34,18 @@ class AdapterFile:
         base: Dict from path of a frozen matrix to its `fingerprint`.
         library_version: Version of keras_loraplus that wrote the file.
         tensors: Dict from key to numpy array.
+        targets: The `targets` that the model was enabled with, as JSON; None for the default.
     """
 
     adapters: dict
     base: dict
     library_version: str
     tensors: dict
+    targets: Any = None
 
 
 def write(path, content):
     """Writes an `AdapterFile` whole or not at all.
-
-    It goes to a temporary file in the same folder, is flushed to the disk, and is renamed.
 
     Args:
         path: Where to write.
@@ -48,27 +53,22 @@ def write(path, content):
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If a tensor has no entries.
+        ValueError: If a tensor has no entries, or a dtype that the format does not know.
     """
     empty = sorted(key for key, value in content.tensors.items() if not value.size)
     if empty:
         raise ValueError(f"An adapter file holds no tensors without entries. Received: {empty}.")
-    description = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "library_version": content.library_version,
-            "adapters": content.adapters,
-            "base": content.base,
-            "tensors": {key: _digest(value) for key, value in content.tensors.items()},
-        },
-        sort_keys=True,
-    )
-    metadata = {
-        "format": FORMAT,
-        "description": description,
-        "sha256": hashlib.sha256(description.encode()).hexdigest(),
+    description = {
+        "format_version": FORMAT_VERSION,
+        "library_version": content.library_version,
+        "targets": content.targets,
+        "adapters": _grouped(content.adapters),
+        "base": _grouped(content.base, apart="samples"),
+        "digests": _digests(content.tensors),
     }
-    _write_atomically(path, safetensors.numpy.save(content.tensors, metadata))
+    text = json.dumps(description, separators=(",", ":"))
+    metadata = {"format": FORMAT, "description": text}
+    write_atomically(path, container.encoded(content.tensors, metadata))
 
 
 def read(path):
@@ -78,7 +78,7 @@ def read(path):
         path: A file that `write` wrote.
 
     Returns:
-        The `AdapterFile`.
+        The `AdapterFile`; its tensors are read-only.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -86,76 +86,106 @@ def read(path):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no adapter file '{path}'.")
+    with open(path, "rb") as file:
+        data = file.read()
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged header can fail in any way
+        tensors, metadata = container.decoded(data)
+    except ValueError as error:
         raise ValueError(
-            f"'{path}' is not a whole safetensors file: {error}. It may have been cut off or "
-            "damaged while it was copied, or be a pointer to the real file; fetch it again."
+            f"'{path}' is not a whole file of `keras_loraplus.save_adapter`: {error}. It may have "
+            "been cut off or damaged while it was copied, or be a pointer to the real file; fetch "
+            "it again."
         ) from error
-    description = _described(path, metadata)
-    damaged = sorted(
-        key
-        for key in {*tensors, *description["tensors"]}
-        if key not in tensors or description["tensors"].get(key) != _digest(tensors[key])
-    )
-    empty = sorted(key for key, value in tensors.items() if not value.size)
-    if damaged or empty:
+    try:
+        return _content(path, tensors, metadata)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, binascii.Error) as error:
         raise ValueError(
-            f"'{path}' is damaged: tensors that are not what was written: {damaged}; tensors "
-            f"without entries: {empty}. Fetch the file again."
-        )
-    return AdapterFile(
-        adapters=description["adapters"],
-        base=description["base"],
-        library_version=description["library_version"],
-        tensors=tensors,
-    )
+            f"'{path}' is not an adapter file: its description lacks what one holds ({error!r})."
+        ) from error
 
 
-def _described(path, metadata) -> dict[str, Any]:
-    text = metadata.get("description")
-    if metadata.get("format") != FORMAT or text is None:
+def _content(path, tensors, metadata):
+    if metadata.get("format") != FORMAT:
         raise ValueError(
             f"'{path}' is a safetensors file but not one of `keras_loraplus.save_adapter`. "
             f"Metadata found: {sorted(metadata)}."
         )
-    if metadata.get("sha256") != hashlib.sha256(text.encode()).hexdigest():
-        raise ValueError(
-            f"'{path}' is damaged: its description is not what was written. Fetch the file again."
-        )
-    description = json.loads(text)
+    description = json.loads(metadata["description"])
     if description["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"'{path}' has adapter format version {description['format_version']}; this version of "
             f"keras_loraplus reads {FORMAT_VERSION}. Install the one that wrote it: keras_loraplus "
             f"{description['library_version']}."
         )
-    return description
-
-
-def _digest(value):
-    head = f"{value.dtype.str}{value.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
-
-
-def _write_atomically(path, data):
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"The folder of '{path}' does not exist: '{folder}'. Make it first."
+    empty = sorted(key for key, value in tensors.items() if not value.size)
+    if empty:
+        raise ValueError(f"'{path}' holds tensors without entries: {empty}. Save it again.")
+    damaged = _differing(tensors, description["digests"])
+    if damaged:
+        raise ValueError(
+            f"'{path}' is damaged: tensors that are not what was written: {damaged}. Fetch the "
+            "file again."
         )
-    # Not `tempfile`, whose files only their owner may read: an adapter is a file like any other.
-    temporary = os.path.join(folder, f".adapter-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    return AdapterFile(
+        adapters=_by_path(description["adapters"]),
+        base=_by_path(description["base"], apart="samples"),
+        library_version=description["library_version"],
+        tensors=tensors,
+        targets=description["targets"],
+    )
+
+
+def _grouped(records, apart=None):
+    """Returns records with equal settings once each, with the paths they are for.
+
+    A model has hundreds of adapted layers and few settings: the header of a large adapter stays
+    small.
+
+    Args:
+        records: Dict from path to dict.
+        apart: Entry of each dict that is kept with its path.
+    """
+    groups: dict = {}
+    for path, record in records.items():
+        shared = {name: value for name, value in record.items() if name != apart}
+        group = groups.setdefault(json.dumps(shared, sort_keys=True), {"shared": shared, "of": {}})
+        group["of"][path] = record.get(apart) if apart else None
+    return [
+        {"shared": group["shared"], "of": group["of"] if apart else list(group["of"])}
+        for group in groups.values()
+    ]
+
+
+def _by_path(groups, apart=None):
+    records = {}
+    for group in groups:
+        for path in group["of"]:
+            own = {apart: group["of"][path]} if apart else {}
+            records[path] = {**group["shared"], **own}
+    return records
+
+
+def _digest(key, value):
+    digest = hashlib.sha256(json.dumps([key, value.dtype.str, list(value.shape)]).encode())
+    digest.update(container.as_bytes(value))
+    return digest.digest()[:_DIGEST]
+
+
+def _digests(tensors):
+    joined = b"".join(
+        _digest(key, container.little_endian(tensors[key])) for key in sorted(tensors)
+    )
+    return base64.b64encode(joined).decode()
+
+
+def _differing(tensors, digests):
+    """Returns the keys whose tensors are not those that the digests were taken of."""
+    joined = base64.b64decode(digests)
+    keys = sorted(tensors)
+    if len(joined) != _DIGEST * len(keys):
+        return keys
+    return [
+        key
+        for place, key in enumerate(keys)
+        if joined[place * _DIGEST : (place + 1) * _DIGEST] != _digest(key, tensors[key])
+    ]

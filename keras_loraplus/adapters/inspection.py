@@ -1,6 +1,7 @@
 """Shows what an adapter file holds, without a model."""
 
 import dataclasses
+from typing import Any
 
 from keras_loraplus.adapters import files
 
@@ -15,6 +16,7 @@ class Inspection:
         path: The file.
         library_version: Version of keras_loraplus that wrote it.
         adapters: Dict from layer path to the settings of its adapter.
+        targets: The `targets` that the model was enabled with; None for the default.
         tensors: Dict from key to (dtype, shape).
         parameters: Number of entries in all tensors.
     """
@@ -22,6 +24,7 @@ class Inspection:
     path: str
     library_version: str
     adapters: dict
+    targets: Any
     tensors: dict
     parameters: int
 
@@ -31,6 +34,8 @@ class Inspection:
         for layer, spec in self.adapters.items():
             settings = ", ".join(f"{name} {spec[name]}" for name in _SETTINGS)
             lines.append(f"  {layer}: {settings}")
+        if self.targets is not None:
+            lines.append(f"  targets: {self.targets}")
         width = max(len(key) for key in self.tensors)
         for key, (dtype, shape) in self.tensors.items():
             lines.append(f"  {key.ljust(width)}  {dtype}  {' x '.join(map(str, shape))}")
@@ -66,6 +71,7 @@ def inspect_adapter(path):
         path=str(path),
         library_version=content.library_version,
         adapters=content.adapters,
+        targets=content.targets,
         tensors={
             key: (str(value.dtype), value.shape) for key, value in sorted(content.tensors.items())
         },

@@ -6,9 +6,10 @@ import numpy as np
 from keras import ops
 
 from keras_loraplus.adapters import files
-from keras_loraplus.adapters.fingerprint import differs, fingerprint
-from keras_loraplus.enable import apply_plan, undo_plan
+from keras_loraplus.adapters.fingerprint import comparable, differs, fingerprint
+from keras_loraplus.enable import apply_plan, targets_of, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
+from keras_loraplus.messages import note
 from keras_loraplus.planning import Adaptation, Plan
 from keras_loraplus.structure import layers_by_path, variables_by_path
 from keras_loraplus.version import __version__
@@ -18,9 +19,10 @@ def save_adapter(model, path, *, include_trainable=True):
     """Writes the adapters of a model, and what else it trains, to one safetensors file.
 
     Tensors are keyed by their place in the model, so that auto-numbered layer names do not matter.
-    The file also holds each adapter's rank, alpha, init, scaling and dropout, a digest of every
-    tensor, and some samples of the frozen matrices. It is written whole or not at all: under a
-    temporary name in the same folder, then renamed.
+    The file also holds each adapter's rank, alpha, init, scaling and dropout, the targets, a digest
+    of every tensor, and some samples of the frozen matrices. It is written whole or not at all:
+    under a temporary name in the same folder, flushed to the disk, then renamed. A process that is
+    killed meanwhile leaves a file `.adapter-*.tmp`, which nothing reads and you can delete.
 
     Args:
         model: A model with adapters.
@@ -52,13 +54,15 @@ def save_adapter(model, path, *, include_trainable=True):
             f"The model '{model.name}' has no LoRA+ adapters to save. Enable them first: "
             "`keras_loraplus.enable_lora_plus(model)`."
         )
-    tensors = {}
-    for key, variable in _saved_variables(model, include_trainable).items():
-        value = ops.convert_to_numpy(variable)
-        # numpy has no bfloat16 of its own; every bfloat16 is a float32.
-        tensors[key] = np.ascontiguousarray(value, _numpy_dtype(variable))
-    base = {key: fingerprint(kernel) for key, kernel in _frozen_matrices(model).items()}
-    files.write(path, files.AdapterFile(specs, base, __version__, tensors))
+    variables = _saved_variables(model, include_trainable)
+    content = files.AdapterFile(
+        adapters=specs,
+        base={key: fingerprint(kernel) for key, kernel in _frozen_matrices(model).items()},
+        library_version=__version__,
+        tensors={key: _value(variable) for key, variable in variables.items()},
+        targets=targets_of(model),
+    )
+    files.write(path, content)
     return path
 
 
@@ -96,9 +100,9 @@ def load_adapter(model, path):
         if plan is not None:
             undo_plan(plan, model)
         raise
-    _warn_of_another_base(model, path, content.base)
+    _compare_base(model, path, content.base)
     for key, variable in targets.items():
-        variable.assign(ops.cast(content.tensors[key], variable.dtype))
+        _assign(variable, content.tensors[key])
     return model
 
 
@@ -119,11 +123,36 @@ def _frozen_matrices(model):
     }
 
 
-def _warn_of_another_base(model, path, base):
+def _value(variable):
+    """Returns what the file holds of a variable."""
+    value = ops.convert_to_numpy(variable)
+    # numpy has no bfloat16 of its own; every bfloat16 is a float32.
+    return np.ascontiguousarray(value, "float32" if variable.dtype == "bfloat16" else None)
+
+
+def _assign(variable, value):
+    """Puts what the file holds into a variable."""
+    # A copy: backends may keep the array, and the file's is read-only.
+    variable.assign(ops.cast(np.array(value), variable.dtype))
+
+
+def _compare_base(model, path, base):
+    """Warns of other frozen weights, and notes a base that is quantized on one side only."""
+    shared = {key: kernel for key, kernel in _frozen_matrices(model).items() if key in base}
+    dtypes = {
+        (base[key]["dtype"], str(kernel.dtype))
+        for key, kernel in shared.items()
+        if not comparable(kernel, base[key])
+    }
+    for then, now in sorted(dtypes):
+        note(
+            f"'{path}' was trained beside frozen weights of dtype {then}, and those of "
+            f"'{model.name}' are {now}: their values were not compared."
+        )
     found = {
         key: differs(kernel, base[key])
-        for key, kernel in _frozen_matrices(model).items()
-        if key in base
+        for key, kernel in shared.items()
+        if comparable(kernel, base[key])
     }
     changed = [f"{key} ({reason})" for key, reason in found.items() if reason]
     if changed:
@@ -148,10 +177,6 @@ def _saved_variables(model, include_trainable):
     )
 
 
-def _numpy_dtype(variable):
-    return "float32" if variable.dtype == "bfloat16" else variable.dtype
-
-
 def _plan_from_file(model, path, content):
     specs, tensors = content.adapters, content.tensors
     layers = layers_by_path(model)
@@ -171,6 +196,7 @@ def _plan_from_file(model, path, content):
         skipped=(),
         heads=(),
         kept=tuple(variable for key, variable in kept.items() if key in tensors),
+        targets=content.targets,
     )
 
 

@@ -1,14 +1,10 @@
 """`save_adapter` and `load_adapter`: what trains is what is saved, and nothing is half loaded."""
 
-import json
-import os
-import re
-
 import keras
 import numpy as np
 import pytest
 import safetensors
-import safetensors.numpy
+from adapter_cases import assert_unchanged, inputs, perturb, small_model, values
 from keras import ops
 from tolerances import EXACT, assert_close
 
@@ -24,50 +20,6 @@ BERT = {
     "intermediate_dim": 16,
     "max_sequence_length": 6,
 }
-
-
-def small_model(seed=0):
-    keras.utils.set_random_seed(seed)
-    return keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Dense(7, activation="tanh"),
-            keras.layers.Dense(6, activation="tanh"),
-            keras.layers.LayerNormalization(),
-            keras.layers.Dense(3),
-        ]
-    )
-
-
-def perturb(model, seed=1):
-    rng = np.random.default_rng(seed)
-    for variable in model.trainable_variables:
-        variable.assign(rng.normal(size=variable.shape))
-
-
-def inputs(shape=(4, 5)):
-    return np.random.default_rng(2).normal(size=shape).astype("float32")
-
-
-def values(model):
-    return [ops.convert_to_numpy(variable) for variable in model.weights]
-
-
-def assert_unchanged(model, before):
-    after = values(model)
-    assert len(after) == len(before)
-    for now, then in zip(after, before, strict=True):
-        assert_close(now, then, EXACT)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model = small_model()
-    klp.enable_lora_plus(model, rank=2, alpha=5, trainable=".*bias")
-    perturb(model)
-    path = str(tmp_path / "adapter.safetensors")
-    klp.save_adapter(model, path)
-    return model, path
 
 
 def test_every_trained_variable_comes_back(saved):
@@ -173,74 +125,6 @@ def test_layers_that_the_model_lacks_are_named(saved):
         klp.load_adapter(other, saved[1])
 
 
-def truncated(path):
-    with open(path, "r+b") as file:
-        file.truncate(os.path.getsize(path) - 10)
-
-
-def a_pointer(path):
-    with open(path, "w") as file:
-        file.write("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
-
-
-def empty(path):
-    open(path, "w").close()
-
-
-def somebody_elses(path):
-    safetensors.numpy.save_file({"a": np.ones(2, "float32")}, path)
-
-
-def a_later_format(path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "FORMAT_VERSION", 99)
-        patch.setattr(
-            files, "_described", lambda path, metadata: json.loads(metadata["description"])
-        )
-        files.write(path, files.read(path))
-
-
-def a_flipped_payload_bit(path):
-    flip(path, os.path.getsize(path) - 3, 1)
-
-
-def another_alpha(path):
-    with open(path, "rb") as file:
-        data = file.read()
-    place = re.search(rb"alpha[^0-9]*(5)", data).start(1)
-    flip(path, place, 2)
-
-
-def flip(path, place, bits):
-    with open(path, "r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ bits]))
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (truncated, "not a whole safetensors file"),
-        (a_pointer, "not a whole safetensors file"),
-        (empty, "not a whole safetensors file"),
-        (somebody_elses, "not one of `keras_loraplus.save_adapter`"),
-        (a_later_format, "format version 99"),
-        (a_flipped_payload_bit, r"not what was written: \['layers.3/kernel'\]"),
-        (another_alpha, "its description is not what was written"),
-    ],
-)
-def test_what_is_not_an_adapter_file_is_said(saved, spoil, message):
-    _, path = saved
-    spoil(path)
-    twin = small_model()
-    before = values(twin)
-    with pytest.raises(ValueError, match=message):
-        klp.load_adapter(twin, path)
-    assert_unchanged(twin, before)
-
-
 def test_missing_files_and_folders(saved, tmp_path):
     model, _ = saved
     with pytest.raises(FileNotFoundError, match="no adapter file"):
@@ -249,49 +133,6 @@ def test_missing_files_and_folders(saved, tmp_path):
         klp.save_adapter(model, str(tmp_path / "none" / "a.safetensors"))
     with pytest.raises(ValueError, match="no LoRA\\+ adapters to save"):
         klp.save_adapter(small_model(), str(tmp_path / "a.safetensors"))
-
-
-def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
-    model, path = saved
-    with open(path, "rb") as file:
-        old = file.read()
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    perturb(model, seed=5)
-    with pytest.raises(OSError, match="disk full"):
-        klp.save_adapter(model, path)
-    with open(path, "rb") as file:
-        assert file.read() == old
-    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
-
-
-def test_every_random_damage_is_the_documented_error(saved):
-    _, path = saved
-    with open(path, "rb") as file:
-        whole = file.read()
-    rng = np.random.default_rng(0)
-    for trial in range(300):
-        data = bytearray(whole)
-        place = int(rng.integers(len(data) if trial % 2 else 200))
-        if trial % 10 == 0:
-            data = data[:place]
-        elif trial % 10 == 1:
-            data[:8] = int(rng.integers(2**63)).to_bytes(8, "little")
-        else:
-            data[place] ^= 1 << int(rng.integers(8))
-        with open(path, "wb") as file:
-            file.write(data)
-        with pytest.raises(ValueError, match="adapter|damaged|whole"):
-            files.read(path)
-
-
-def test_the_file_has_the_rights_of_any_other(saved, tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    assert os.stat(saved[1]).st_mode == os.stat(plain).st_mode
 
 
 def test_inspection_needs_no_model(saved, capsys):
@@ -330,13 +171,6 @@ def test_another_base_is_told(saved):
     half = small_model()
     half.layers[0].kernel.assign(ops.cast(ops.cast(half.layers[0].kernel, "float16"), "float32"))
     klp.load_adapter(half, path)  # the same weights, rounded: no warning, which would be an error
-
-
-def test_a_tensor_without_entries_is_refused(tmp_path):
-    content = files.AdapterFile({}, {}, "0", {"a": np.zeros((0, 2), "float32")})
-    with pytest.raises(ValueError, match="no tensors without entries"):
-        files.write(tmp_path / "a.safetensors", content)
-    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_a_bfloat16_head_comes_back_exactly(tmp_path):
