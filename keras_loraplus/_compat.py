@@ -692,3 +692,19 @@ _BOOKKEEPING = frozenset(
         "_torch_params",
     }
 )
+
+
+# --- KerasHub: what its weight files are about ---------------------------------------------------
+
+
+def hub_backbone(model):
+    """Returns the backbone of a KerasHub backbone or task, or None for any other model.
+
+    Whoever holds such a model has imported keras_hub (0.32.0), so that it need not be imported.
+    """
+    hub = loaded("keras_hub")
+    if hub is None:
+        return None
+    if isinstance(model, hub.models.Task):
+        return model.backbone
+    return model if isinstance(model, hub.models.Backbone) else None

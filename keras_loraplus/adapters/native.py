@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from keras import ops
 
-from keras_loraplus.adapters import files
+from keras_loraplus.adapters import files, hub
 from keras_loraplus.adapters.fingerprint import comparable, differs, fingerprint
 from keras_loraplus.enable import apply_plan, targets_of, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
@@ -67,7 +67,7 @@ def save_adapter(model, path, *, include_trainable=True):
 
 
 def load_adapter(model, path):
-    """Loads a file of `save_adapter` into a model.
+    """Loads a file of `save_adapter`, or of KerasHub's `save_lora_weights`, into a model.
 
     A model without adapters is enabled from the file's own metadata: the same layers with the
     same settings train, and everything else that the file does not hold is frozen. One that
@@ -75,9 +75,16 @@ def load_adapter(model, path):
     mis-shaped, damaged or not finite is listed in one error, and nothing has been changed. A base
     with other frozen weights than the adapter was trained beside gets a warning.
 
+    A path that ends in `.lora.h5` is a file of KerasHub's `backbone.save_lora_weights`, for a
+    KerasHub backbone or task. Keras's own LoRA splits einsum kernels at their last axis; the same
+    product can need a higher rank in this library's factors, for a query projection the rank
+    times the number of heads. It is loaded at that rank, exactly, and a line says which. The
+    file holds no alpha, and KerasHub trains at a scale of 1, so alpha is the rank; nor does it
+    hold the biases of adapted layers, which KerasHub trains.
+
     Args:
         model: The model that the adapter was trained on, with or without adapters.
-        path: A file of `save_adapter`.
+        path: A file of `save_adapter`, or a `.lora.h5` file of KerasHub.
 
     Returns:
         The same model.
@@ -89,6 +96,9 @@ def load_adapter(model, path):
     Example:
         See `save_adapter`.
     """
+    if str(path).endswith(hub.SUFFIX):
+        hub.load_lora_h5(model, path, _assign)
+        return model
     content = files.read(path)
     plan = None
     if not _adapters_of(model):
