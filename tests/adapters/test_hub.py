@@ -10,13 +10,13 @@ from tolerances import FLOAT32_MODEL, assert_close, relative_error
 
 import keras_loraplus as klp
 
-SIZE = {"vocabulary_size": 31, "num_layers": 2, "hidden_dim": 12, "intermediate_dim": 16}
+SIZE = {"vocabulary_size": 31, "num_layers": 1, "hidden_dim": 12, "intermediate_dim": 16}
 
 
 def bert(**kwargs):
-    return keras_hub.models.BertBackbone(
-        **SIZE, num_heads=3, max_sequence_length=6, dropout=0.0, **kwargs
-    )
+    """The one with two layers, so that indices matter."""
+    size = {**SIZE, "num_layers": 2, "num_heads": 3, "max_sequence_length": 6}
+    return keras_hub.models.BertBackbone(**size, dropout=0.0, **kwargs)
 
 
 def gemma():
@@ -53,15 +53,20 @@ def filled(make, **kwargs):
     return backbone
 
 
-def saved(make, path, targets=None, rank=2, **kwargs):
-    """Writes a file with KerasHub alone; returns the outputs with and without the adapters."""
-    backbone = filled(make, **kwargs)
-    base = outputs(backbone)
-    backbone.enable_lora(rank, targets)
+def written(backbone, path, targets=None):
+    """Writes a file with KerasHub alone."""
+    backbone.enable_lora(2, targets)
     factors = [v for v in backbone.weights if v.name.startswith("lora_kernel")]
     randomize(factors, seed=7, scale=0.5)
     backbone.save_lora_weights(str(path))
-    return outputs(backbone), base
+    return backbone
+
+
+def saved(make, path, targets=None):
+    """Writes a file; returns the outputs with and without the adapters."""
+    backbone = filled(make)
+    base = outputs(backbone)
+    return outputs(written(backbone, path, targets)), base
 
 
 def ranks(model):
@@ -161,7 +166,7 @@ def test_an_adapted_backbone_of_fitting_ranks(tmp_path):
 )
 def test_adapters_that_do_not_fit_are_named(settings, faults, tmp_path):
     path = tmp_path / "x.lora.h5"
-    saved(bert, path)
+    written(filled(bert), path)
     twin = filled(bert)
     klp.enable_lora_plus(twin, **settings)
     assert_refused(twin, path, faults)
@@ -248,14 +253,14 @@ def text(path):
 )
 def test_a_file_that_does_not_fit_changes_nothing(spoil, fault, tmp_path):
     path = tmp_path / "x.lora.h5"
-    saved(bert, path)
+    written(filled(bert), path)
     spoil(path)
     assert_refused(filled(bert), path, [fault])
 
 
 def test_another_architecture_and_other_models(tmp_path):
     path = tmp_path / "x.lora.h5"
-    saved(bert, path)
+    written(filled(bert), path)
     assert_refused(filled(gemma), path, ["does not fit the backbone"])
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     assert_refused(plain, path, ["fits a KerasHub backbone or task"])
@@ -269,10 +274,7 @@ def test_another_architecture_and_other_models(tmp_path):
 def test_a_file_of_a_bfloat16_backbone(tmp_path):
     """Stored as bfloat16 on JAX and TensorFlow, as float32 on torch; the values are the same."""
     path = tmp_path / "x.lora.h5"
-    saved(bert, path, ["attention_output"], dtype="bfloat16")
-    native = filled(bert, dtype="bfloat16")
-    native.enable_lora(2, ["attention_output"])
-    native.load_lora_weights(str(path))
+    native = written(filled(bert, dtype="bfloat16"), path, ["attention_output"])
     twin = klp.load_adapter(filled(bert), path)
     theirs = [la for la in native._flatten_layers() if getattr(la, "lora_enabled", False)]
     ours = [la for la in twin._flatten_layers() if klp.layers.is_adapted(la)]
