@@ -335,12 +335,14 @@ def clear_compiled_state(model):
     """Makes `fit` and `evaluate` ask for `compile` again, and `predict` trace again.
 
     `Trainer.compiled` and the traced functions (3.15.1): Keras has no public way to take a
-    `compile` back.
+    `compile` back. The optimizer goes too: it knows variables that train no more, and a file of
+    the model would hold its state, which no optimizer that is loaded later could take.
     """
     if not getattr(model, "compiled", False):
         model.predict_function = None
         return
     model.compiled = False
+    model.optimizer = None
     model.train_function = None
     model.test_function = None
     model.predict_function = None

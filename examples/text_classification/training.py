@@ -128,7 +128,8 @@ def evaluate(model, inputs, labels, batch_size):
 def save_plain(model, preset, classes, path):
     """Saves a model without the optimizer it was trained with.
 
-    KerasHub compiles every task it makes, and warns when a file holds another optimizer's state.
+    KerasHub compiles every task it makes, so that a file is expected to hold the state of that
+    optimizer; one that holds another's, or none, is loaded with a warning.
     """
     copy = build_classifier(preset, classes)
     copy.set_weights(model.get_weights())

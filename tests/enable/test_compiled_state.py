@@ -1,5 +1,9 @@
 """K08: fit after enabling asks for compile, and an old optimizer is refused."""
 
+import io
+import zipfile
+
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -73,3 +77,32 @@ def test_predict_after_enabling_needs_no_compile():
     expected = model.predict(features(), verbose=0)
     klp.enable_lora_plus(model, rank=2)
     np.testing.assert_allclose(model.predict(features(), verbose=0), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_file_holds_no_state_of_the_optimizer_that_is_gone(merged, tmp_path):
+    model = functional()
+    if merged:
+        klp.enable_lora_plus(model, rank=2)
+    compile_model(model, klp.LoRAPlusAdamW(1e-2))
+    fit(model, features())
+    model.save(tmp_path / "before.keras")
+    assert entries_of_the_optimizer(tmp_path / "before.keras") > 2
+    klp.merge_lora_plus(model) if merged else klp.enable_lora_plus(model, rank=2)
+    assert model.optimizer is None
+    model.save(tmp_path / "after.keras")
+    assert entries_of_the_optimizer(tmp_path / "after.keras") == 0
+    twin = keras.saving.load_model(tmp_path / "after.keras")
+    expected = model.predict(features(), verbose=0)
+    np.testing.assert_array_equal(twin.predict(features(), verbose=0), expected)
+    with pytest.raises(ValueError, match="compile"):
+        klp.assignments(model)
+    compile_model(model, klp.LoRAPlusAdamW(1e-2))
+    fit(model, features())
+
+
+def entries_of_the_optimizer(path):
+    """Counts the optimizer's arrays in a `.keras` file."""
+    with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
+        with h5py.File(io.BytesIO(weights.read())) as file:
+            return len(file.get("optimizer/vars", ()))
