@@ -98,8 +98,7 @@ def add_adapter(model, name, rank=None, alpha=None, *, init=None, scaling=None, 
     """
     adapted = _adapted(model)
     registry = _registry(model, adapted)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"`name` must be a text. Received: name={name!r}.")
+    check_room(model, name, {path: layer.adapter for path, layer in adapted.items()})
     if name in _names(registry):
         raise ValueError(
             f"The model '{model.name}' already has an adapter named '{name}'. Its adapters: "
@@ -113,18 +112,10 @@ def add_adapter(model, name, rank=None, alpha=None, *, init=None, scaling=None, 
             f"{list(adapted)}."
         )
     specs = {
-        path: _spec(path, layer.adapter, patterns.get(path, rank), alpha, init, scaling)
+        path: _spec(layer.adapter, patterns.get(path, rank), alpha, init, scaling)
         for path, layer in adapted.items()
     }
-    values = [
-        (getattr(layer, name), value)
-        for path, layer in adapted.items()
-        for name, value in layer.initial_factors(specs[path]).items()
-    ]
-    factors = {id(variable) for variable, _ in values}
-    values += [(v, ops.copy(v)) for v in _trained(model, adapted) if id(v) not in factors]
-    registry.waiting[name] = _Waiting(specs, values)
-    _remember(registry, adapted)
+    _wait(registry, adapted, name, specs)
 
 
 def set_adapter(model, name):
@@ -248,6 +239,56 @@ def active_adapter(model):
     return _registry(model, _adapted(model)).active
 
 
+def waiting_values(model, name):
+    """Returns the values of a named adapter that is not active, by `id` of the variable.
+
+    Args:
+        model: A model with adapters.
+        name: Name of one; of the active one nothing is returned, the variables hold it.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    registry = _registry(model, _adapted(model))
+    _check_name(model, registry, name)
+    if name == registry.active:
+        return {}
+    return {id(variable): value for variable, value in registry.waiting[name].values}
+
+
+def put_waiting(model, name, specs, values):
+    """Gives a named adapter that is not active new values; adds it if there is none so named.
+
+    Args:
+        model: A model with adapters.
+        name: Its name.
+        specs: Dict from structural layer path to `AdapterSpec`.
+        values: Dict from `id` of a variable to its value; what is not in it stays.
+    """
+    adapted = _adapted(model)
+    registry = _registry(model, adapted)
+    if name not in registry.waiting:
+        _wait(registry, adapted, name, specs)
+    waiting = registry.waiting[name]
+    known = {id(variable) for variable, _ in waiting.values}
+    new = [v for v in _trained(model, adapted) if id(v) in values and id(v) not in known]
+    waiting.values = [(v, values.get(id(v), value)) for v, value in waiting.values]
+    waiting.values += [(variable, values[id(variable)]) for variable in new]
+
+
+def check_room(model, name, specs):
+    """Raises unless the model has room for adapters beside those of these settings."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"The name of an adapter must be a text. Received: {name!r}.")
+    for path, spec in specs.items():
+        if spec.max_rank is None:
+            raise ValueError(
+                f"A and B of layer '{path}' of '{model.name}' have room for one adapter of rank "
+                f"{spec.rank} only. Enable the model with the largest rank that its adapters will "
+                "have: `keras_loraplus.enable_lora_plus(model, rank=..., max_rank=...)`."
+            )
+
+
 def waiting_adapters(layers):
     """Returns the names of adapters that the layers have beside the active one."""
     registries = [layer.__dict__.get(_ATTRIBUTE) for layer in layers]
@@ -284,7 +325,19 @@ def _registry(model, adapted):
     return registry
 
 
-def _remember(registry, adapted):
+def _wait(registry, adapted, name, specs):
+    """Adds an adapter with initial factors, and copies of what else trains."""
+    values = [
+        (getattr(layer, factor), value)
+        for path, layer in adapted.items()
+        for factor, value in layer.initial_factors(specs[path]).items()
+    ]
+    factors = {id(variable) for variable, _ in values}
+    trained = _trained(registry.model, adapted)
+    values += [
+        (variable, ops.copy(variable)) for variable in trained if id(variable) not in factors
+    ]
+    registry.waiting[name] = _Waiting(specs, values)
     registry.first_layer = next(iter(adapted.values()))
     for layer in adapted.values():
         layer.__dict__[_ATTRIBUTE] = registry
@@ -312,13 +365,7 @@ def _check_enabled(adapted):
             )
 
 
-def _spec(path, active, rank, alpha, init, scaling):
-    if active.max_rank is None:
-        raise ValueError(
-            f"A and B of layer '{path}' have room for one adapter of rank {active.rank} only. "
-            "Enable the model with the largest rank that its adapters will have: "
-            "`keras_loraplus.enable_lora_plus(model, rank=..., max_rank=...)`."
-        )
+def _spec(active, rank, alpha, init, scaling):
     return AdapterSpec(
         rank=active.rank if rank is None else rank,
         alpha=alpha,

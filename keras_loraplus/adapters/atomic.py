@@ -9,8 +9,8 @@ import secrets
 _NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
-def write_atomically(path, chunks):
-    """Writes chunks of bytes to a file that is the old one or the new one at every moment.
+def write_atomically(path, data):
+    """Writes bytes to a file that is the old one or the new one at every moment.
 
     They go to a temporary file in the same folder, which is flushed to the disk and renamed; then
     the folder is flushed, so that the new name outlives a power failure. A process that is killed
@@ -20,7 +20,7 @@ def write_atomically(path, chunks):
 
     Args:
         path: Where to write.
-        chunks: Iterable of bytes-like objects.
+        data: What to write.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -35,8 +35,7 @@ def write_atomically(path, chunks):
     temporary = os.path.join(folder, f".adapter-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

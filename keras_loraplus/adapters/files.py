@@ -15,6 +15,8 @@ import json
 import os
 from typing import Any
 
+import numpy as np
+
 from keras_loraplus.adapters import container
 from keras_loraplus.adapters.atomic import write_atomically
 
@@ -68,7 +70,8 @@ def write(path, content):
     }
     text = json.dumps(description, separators=(",", ":"))
     metadata = {"format": FORMAT, "description": text}
-    write_atomically(path, container.encoded(content.tensors, metadata))
+    tensors = {key: np.asarray(value, order="C") for key, value in content.tensors.items()}
+    write_atomically(path, container.encoded(tensors, metadata))
 
 
 def read(path):
@@ -78,7 +81,7 @@ def read(path):
         path: A file that `write` wrote.
 
     Returns:
-        The `AdapterFile`; its tensors are read-only.
+        The `AdapterFile`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -167,14 +170,12 @@ def _by_path(groups, apart=None):
 
 def _digest(key, value):
     digest = hashlib.sha256(json.dumps([key, value.dtype.str, list(value.shape)]).encode())
-    digest.update(container.as_bytes(value))
+    digest.update(value.tobytes())
     return digest.digest()[:_DIGEST]
 
 
 def _digests(tensors):
-    joined = b"".join(
-        _digest(key, container.little_endian(tensors[key])) for key in sorted(tensors)
-    )
+    joined = b"".join(_digest(key, tensors[key]) for key in sorted(tensors))
     return base64.b64encode(joined).decode()
 
 

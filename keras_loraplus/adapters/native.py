@@ -1,21 +1,26 @@
 """Saves and loads adapters: A, B and whatever else was trained, in one safetensors file."""
 
-import warnings
-
+import keras
 import numpy as np
 from keras import ops
 
 from keras_loraplus.adapters import files, hub
-from keras_loraplus.adapters.fingerprint import comparable, differs, fingerprint
+from keras_loraplus.adapters.base_check import compare_base, fingerprints
 from keras_loraplus.enable import apply_plan, targets_of, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
-from keras_loraplus.messages import note
+from keras_loraplus.named import (
+    active_adapter,
+    check_room,
+    list_adapters,
+    put_waiting,
+    waiting_values,
+)
 from keras_loraplus.planning import Adaptation, Plan
 from keras_loraplus.structure import layers_by_path, variables_by_path
 from keras_loraplus.version import __version__
 
 
-def save_adapter(model, path, *, include_trainable=True):
+def save_adapter(model, path, *, adapter=None, include_trainable=True):
     """Writes the adapters of a model, and what else it trains, to one safetensors file.
 
     Tensors are keyed by their place in the model, so that auto-numbered layer names do not matter.
@@ -27,6 +32,7 @@ def save_adapter(model, path, *, include_trainable=True):
     Args:
         model: A model with adapters.
         path: Where to write, for example `"adapter.safetensors"`.
+        adapter: Name of the adapter to save (`add_adapter`); `None` for the active one.
         include_trainable: Whether to write the other trainable variables too: head, biases,
             norms. Defaults to True, since a model trained with them is not the same without.
 
@@ -34,7 +40,7 @@ def save_adapter(model, path, *, include_trainable=True):
         The path.
 
     Raises:
-        ValueError: If the model has no adapters, or two of its variables cannot be told apart.
+        ValueError: If the model has no such adapter, or two of its variables cannot be told apart.
         FileNotFoundError: If the folder does not exist.
 
     Example:
@@ -48,25 +54,30 @@ def save_adapter(model, path, *, include_trainable=True):
 
     Source: the safetensors format, version 0.4 and later.
     """
-    specs = _adapters_of(model)
-    if not specs:
+    if not _has_adapters(model):
         raise ValueError(
             f"The model '{model.name}' has no LoRA+ adapters to save. Enable them first: "
             "`keras_loraplus.enable_lora_plus(model)`."
         )
-    variables = _saved_variables(model, include_trainable)
+    adapter = active_adapter(model) if adapter is None else adapter
+    waiting = waiting_values(model, adapter)
+    specs = list_adapters(model)[adapter]
+    places = _places(model, include_trainable, specs)
     content = files.AdapterFile(
-        adapters=specs,
-        base={key: fingerprint(kernel) for key, kernel in _frozen_matrices(model).items()},
+        adapters={at: spec.own_config() for at, spec in specs.items()},
+        base=fingerprints(model),
         library_version=__version__,
-        tensors={key: _value(variable) for key, variable in variables.items()},
+        tensors={
+            key: _value(waiting.get(id(variable), variable), factor)
+            for key, (variable, factor) in places.items()
+        },
         targets=targets_of(model),
     )
     files.write(path, content)
     return path
 
 
-def load_adapter(model, path):
+def load_adapter(model, path, *, adapter=None):
     """Loads a file of `save_adapter`, or of KerasHub's `save_lora_weights`, into a model.
 
     A model without adapters is enabled from the file's own metadata: the same layers with the
@@ -85,6 +96,8 @@ def load_adapter(model, path):
     Args:
         model: The model that the adapter was trained on, with or without adapters.
         path: A file of `save_adapter`, or a `.lora.h5` file of KerasHub.
+        adapter: Name of the adapter to load into (`add_adapter`), which is added if the model has
+            none so named and stays inactive; `None` for the active one.
 
     Returns:
         The same model.
@@ -97,94 +110,86 @@ def load_adapter(model, path):
         See `save_adapter`.
     """
     if str(path).endswith(hub.SUFFIX):
+        if adapter is not None:
+            raise ValueError(
+                f"KerasHub's files are loaded into the active adapter. Received: {adapter=}. Make "
+                "that one active first: `keras_loraplus.set_adapter(model, name)`."
+            )
         hub.load_lora_h5(model, path, _assign)
         return model
     content = files.read(path)
     plan = None
-    if not _adapters_of(model):
+    if not _has_adapters(model):
+        if adapter is not None:
+            raise ValueError(
+                f"A named adapter, '{adapter}', needs a model that has adapters and room for more. "
+                "Enable it first: `keras_loraplus.enable_lora_plus(model, max_rank=...)`."
+            )
         plan = _plan_from_file(model, path, content)
         apply_plan(plan, model)
     try:
-        targets = _checked_targets(model, path, content)
+        specs = _specs_for(model, content, adapter)
+        places = _checked_places(model, path, content, specs)
     except BaseException:
         if plan is not None:
             undo_plan(plan, model)
         raise
-    _compare_base(model, path, content.base)
-    for key, variable in targets.items():
-        _assign(variable, content.tensors[key])
+    compare_base(model, path, content.base)
+    values = {
+        id(variable): _loaded(variable, factor, content.tensors[key])
+        for key, (variable, factor) in places.items()
+    }
+    if adapter is not None and adapter != active_adapter(model):
+        put_waiting(model, adapter, specs, values)
+        return model
+    for variable, _ in places.values():
+        variable.assign(values[id(variable)])
     return model
 
 
-def _adapters_of(model):
-    return {
-        path: layer.adapter.own_config()
-        for path, layer in layers_by_path(model).items()
-        if is_adapted(layer)
-    }
+def _has_adapters(model):
+    return any(is_adapted(layer) for layer in layers_by_path(model).values())
 
 
-def _frozen_matrices(model):
-    return {
-        f"{path}/{name.lstrip('_')}" if path else name.lstrip("_"): getattr(layer, name)
-        for path, layer in layers_by_path(model).items()
-        if is_adapted(layer)
-        for name in layer.merged_names()
-    }
-
-
-def _value(variable):
-    """Returns what the file holds of a variable."""
-    value = ops.convert_to_numpy(variable)
+def _value(tensor, factor):
+    """Returns what the file holds of a value: A and B without what stands beyond their rank."""
+    value = ops.convert_to_numpy(tensor)
+    if factor is not None:
+        value = factor.stripped(value)
     # numpy has no bfloat16 of its own; every bfloat16 is a float32.
-    return np.ascontiguousarray(value, "float32" if variable.dtype == "bfloat16" else None)
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return np.ascontiguousarray(value, "float32" if dtype == "bfloat16" else None)
+
+
+def _loaded(variable, factor, value):
+    """Returns what goes into a variable for what the file holds."""
+    value = ops.cast(value, variable.dtype)
+    return value if factor is None else factor.padded(value, variable.shape[factor.rank_axis])
 
 
 def _assign(variable, value):
-    """Puts what the file holds into a variable."""
-    # A copy: backends may keep the array, and the file's is read-only.
-    variable.assign(ops.cast(np.array(value), variable.dtype))
+    variable.assign(_loaded(variable, None, value))
 
 
-def _compare_base(model, path, base):
-    """Warns of other frozen weights, and notes a base that is quantized on one side only."""
-    shared = {key: kernel for key, kernel in _frozen_matrices(model).items() if key in base}
-    dtypes = {
-        (base[key]["dtype"], str(kernel.dtype))
-        for key, kernel in shared.items()
-        if not comparable(kernel, base[key])
-    }
-    for then, now in sorted(dtypes):
-        note(
-            f"'{path}' was trained beside frozen weights of dtype {then}, and those of "
-            f"'{model.name}' are {now}: their values were not compared."
-        )
-    found = {
-        key: differs(kernel, base[key])
-        for key, kernel in shared.items()
-        if comparable(kernel, base[key])
-    }
-    changed = [f"{key} ({reason})" for key, reason in found.items() if reason]
-    if changed:
-        warnings.warn(
-            f"'{path}' was trained beside other frozen weights than those of '{model.name}': "
-            f"{changed[:5]}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Its "
-            "outputs will not be those it was trained for. Load the base weights first.",
-            stacklevel=3,
-        )
+def _places(model, include_trainable, specs):
+    """Returns (variable, factor) by key for what an adapter's file holds, factor None for the rest.
 
-
-def _saved_variables(model, include_trainable):
+    Args:
+        model: A model with adapters.
+        include_trainable: Whether to list what trains beside A and B.
+        specs: Dict from layer path to the `AdapterSpec` whose factors are meant.
+    """
+    layers = layers_by_path(model)
     factors = {
-        id(variable)
-        for layer in layers_by_path(model).values()
-        if is_adapted(layer)
-        for variable in layer.adapter_variables().values()
+        id(getattr(layers[at], name)): factor
+        for at, spec in specs.items()
+        for name, factor in layers[at].factors(spec).items()
     }
-    return variables_by_path(
+    variables = variables_by_path(
         model,
         lambda v: id(v) in factors or (include_trainable and v.trainable),
     )
+    return {key: (variable, factors.get(id(variable))) for key, variable in variables.items()}
 
 
 def _plan_from_file(model, path, content):
@@ -210,26 +215,27 @@ def _plan_from_file(model, path, content):
     )
 
 
-def _checked_targets(model, path, content):
-    """Returns {key: variable} for every tensor of the file, or raises one error with all faults."""
-    specs, tensors = content.adapters, content.tensors
-    expected = _saved_variables(model, include_trainable=True)
-    factors = _saved_variables(model, include_trainable=False)
+def _checked_places(model, path, content, specs):
+    """Returns the `_places` of the file's tensors, or raises one error with all faults."""
+    tensors = content.tensors
+    expected = _places(model, True, specs)
+    factors = _places(model, False, specs)
     if set(tensors) == set(factors):  # saved with include_trainable=False
         expected = factors
     faults = [f"missing: {key}" for key in sorted(set(expected) - set(tensors))]
     faults += [f"unexpected: {key}" for key in sorted(set(tensors) - set(expected))]
     for key in sorted(set(expected) & set(tensors)):
-        shape, value = tuple(expected[key].shape), tensors[key]
+        (variable, factor), value = expected[key], tensors[key]
+        shape = tuple(variable.shape) if factor is None else factor.shape
         if value.shape != shape:
             faults.append(f"shape: {key} is {value.shape} in the file and {shape} in the model")
         elif not np.isfinite(value.astype("float32")).all():
             faults.append(f"not finite: {key}")
-    for at, spec in _adapters_of(model).items():
-        saved = specs.get(at)
+    for at, spec in specs.items():
+        saved, own = content.adapters.get(at), spec.own_config()
         for name in ("rank", "alpha", "scaling"):
-            if saved is not None and saved[name] != spec[name]:
-                faults.append(f"{name}: {at} has {saved[name]} in the file and {spec[name]} here")
+            if saved is not None and saved[name] != own[name]:
+                faults.append(f"{name}: {at} has {saved[name]} in the file and {own[name]} here")
     if faults:
         raise ValueError(
             f"'{path}' does not fit the model '{model.name}'; nothing was loaded. "
@@ -237,4 +243,22 @@ def _checked_targets(model, path, content):
             + ". Enable the model with the settings that the adapter was trained with, or load "
             "into a model without adapters to take them from the file."
         )
-    return expected
+    return {key: expected[key] for key in tensors}
+
+
+def _specs_for(model, content, adapter):
+    """Returns the settings of a named adapter, those of the file if the model has none so named."""
+    listed = list_adapters(model)
+    if adapter is None:
+        return listed[active_adapter(model)]
+    if adapter in listed:
+        return listed[adapter]
+    room = listed[active_adapter(model)]
+    check_room(model, adapter, room)
+    return {
+        at: AdapterSpec(
+            **{**content.adapters.get(at, spec.own_config()), "dropout": spec.dropout},
+            max_rank=spec.max_rank,
+        )
+        for at, spec in room.items()
+    }

@@ -134,9 +134,13 @@ class LowRankLayer(_Mixed):
     def _plan_factors(self, spec) -> list:
         raise NotImplementedError
 
-    def factors(self):
-        """Returns the `Factor` of every variable of `adapter_variables`, by name."""
-        return {factor.name: factor for factor in self._plan_factors(self._adapter)}
+    def factors(self, spec=None):
+        """Returns the `Factor` of every variable of `adapter_variables`, by name.
+
+        Args:
+            spec: `AdapterSpec` whose rank the factors have; `None` for the active one's.
+        """
+        return {factor.name: factor for factor in self._plan_factors(spec or self._adapter)}
 
     def _factors(self):
         raise NotImplementedError

@@ -38,8 +38,8 @@ def test_any_safetensors_library_reads_the_file(tmp_path):
             assert_close(found, value, EXACT)
     with safetensors.safe_open(path, framework="np") as file:
         assert file.metadata()["format"] == "keras_loraplus"
-    with pytest.raises(ValueError, match="no dtype complex64, as 'c' has"):
-        files.write(path, files.AdapterFile({}, {}, "0", {"c": np.ones(2, "complex64")}))
+    with pytest.raises(ValueError, match="cannot be kept in an adapter file: .*complex128"):
+        files.write(path, files.AdapterFile({}, {}, "0", {"c": np.ones(2, "complex128")}))
     assert files.read(path).tensors.keys() == tensors.keys()
 
 
@@ -81,7 +81,7 @@ def sealed(path, tensors, description):
     """Writes a file with a good seal, whatever it says."""
     metadata = {"format": files.FORMAT, "description": description}
     with open(path, "wb") as file:
-        file.writelines(container.encoded(tensors, metadata))
+        file.write(container.encoded(tensors, metadata))
 
 
 def no_description(path):
@@ -134,7 +134,7 @@ WHOLE = "not a whole file of `keras_loraplus.save_adapter`: "
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (truncated, WHOLE + "its tensors need .* cut off"),
+        (truncated, WHOLE + "its tensors are not those of its header"),
         (a_pointer, WHOLE + "it is cut off, or no safetensors file"),
         (empty, WHOLE + "it is cut off, or no safetensors file"),
         (somebody_elses, WHOLE + "it has no seal and was written by another program"),
@@ -144,7 +144,7 @@ WHOLE = "not a whole file of `keras_loraplus.save_adapter`: "
         (no_description, "lacks what one holds"),
         (a_description_of_nothing, "lacks what one holds"),
         (no_entries, r"tensors without entries: \['a'\]"),
-        (giant_shapes, WHOLE + "its tensors need 4,611,686,018,427,387,904 bytes and it holds 8"),
+        (giant_shapes, WHOLE + "its tensors are not those of its header"),
     ],
 )
 def test_what_is_not_an_adapter_file_is_said(saved, spoil, message):
@@ -322,10 +322,9 @@ import numpy as np
 from keras_loraplus.adapters import files
 assert "keras" not in sys.modules
 if writer == "in place":
-    def write_in_place(path, chunks):
+    def write_in_place(path, data):
         with open(path, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            file.write(data)
     files.write_atomically = write_in_place
 
 def save(number):

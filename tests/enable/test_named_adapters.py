@@ -321,3 +321,71 @@ def test_a_model_without_room_says_how_to_get_it():
     for bad in (3, True, 4.0, "8"):
         with pytest.raises(ValueError, match="`max_rank` must be None or an integer"):
             klp.enable_lora_plus(functional(), rank=4, max_rank=bad)
+
+
+def trained_pair():
+    """Two trained adapters of ranks 4 (active) and 2, and the outputs of each."""
+    model = start(functional(), 4, 8)
+    klp.add_adapter(model, "new", rank=2, alpha=5, scaling="rslora")
+    steps(model, 3)
+    first = outputs(model)
+    klp.set_adapter(model, "new")
+    steps(model, 3)
+    second = outputs(model)
+    klp.set_adapter(model, "default")
+    assert np.abs(first - second).max() > 1e-2
+    return model, first, second
+
+
+def test_each_saves_and_loads_alone(tmp_path):
+    model, first, second = trained_pair()
+    klp.save_adapter(model, tmp_path / "first.safetensors")
+    klp.save_adapter(model, tmp_path / "second.safetensors", adapter="new")
+    content = klp.inspect_adapter(tmp_path / "second.safetensors")
+    assert content.tensors["layers.1/lora_kernel_a"][1] == (6, 2)
+    assert content.adapters["layers.1"]["rank"] == 2
+    assert "max_rank" not in content.adapters["layers.1"]
+
+    for name, expected in (("first", first), ("second", second)):
+        plain = klp.load_adapter(functional(), tmp_path / f"{name}.safetensors")
+        assert_close(outputs(plain), expected, FLOAT32_MODEL)
+        with pytest.raises(ValueError, match="room for one adapter"):
+            klp.add_adapter(plain, "more")
+
+    other = start(functional(), 3, 8)
+    klp.load_adapter(other, tmp_path / "first.safetensors", adapter="one")
+    klp.load_adapter(other, tmp_path / "second.safetensors", adapter="two")
+    untouched = outputs(start(functional(), 3, 8))
+    np.testing.assert_array_equal(outputs(other), untouched)
+    assert list(klp.list_adapters(other)) == ["default", "one", "two"]
+    for name, expected in (("one", first), ("two", second), ("default", untouched)):
+        klp.set_adapter(other, name)
+        assert_close(outputs(other), expected, FLOAT32_MODEL)
+    # Into one that is there already, active or not.
+    klp.set_adapter(model, "new")
+    for layer in (model.get_layer("first"), model.get_layer("second")):
+        randomize(factors(layer))
+    klp.load_adapter(model, tmp_path / "second.safetensors", adapter="new")
+    assert_close(outputs(model), second, FLOAT32_MODEL)
+    klp.load_adapter(model, tmp_path / "first.safetensors", adapter="default")
+    klp.set_adapter(model, "default")
+    assert_close(outputs(model), first, FLOAT32_MODEL)
+
+
+def test_a_file_that_does_not_fit_adds_nothing(tmp_path):
+    model, first, _ = trained_pair()
+    klp.save_adapter(model, tmp_path / "a.safetensors")
+    small = start(functional(), 2, 3)
+    before = outputs(small)
+    with pytest.raises(ValueError, match="at least the rank, 4"):
+        klp.load_adapter(small, tmp_path / "a.safetensors", adapter="one")
+    with pytest.raises(ValueError, match=r"rank: layers.1 has 4 in the file and 2 here"):
+        klp.load_adapter(model, tmp_path / "a.safetensors", adapter="new")
+    with pytest.raises(ValueError, match="needs a model that has adapters"):
+        klp.load_adapter(functional(), tmp_path / "a.safetensors", adapter="one")
+    with pytest.raises(ValueError, match="no adapter named 'old'"):
+        klp.save_adapter(model, tmp_path / "b.safetensors", adapter="old")
+    assert not (tmp_path / "b.safetensors").exists()
+    assert list(klp.list_adapters(small)) == ["default"]
+    np.testing.assert_array_equal(outputs(small), before)
+    np.testing.assert_array_equal(outputs(model), first)
