@@ -710,3 +710,19 @@ def hub_backbone(model):
     if isinstance(model, hub.models.Task):
         return model.backbone
     return model if isinstance(model, hub.models.Backbone) else None
+
+
+# --- resuming: state outside of graphs, seed generators, epochs, processes -----------------------
+
+
+def outside_of_graphs():
+    """Runs a block at once even while TensorFlow traces a function (tensorflow 2.21).
+
+    An optimizer is built, and so gets a state that was loaded before, inside of the trace of a
+    custom training step; an assignment in the trace would be repeated every step.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_loraplus import _compat
+from keras_loraplus.optimizers import early_state
 from keras_loraplus.optimizers.assignments import Assignment, Assignments
 from keras_loraplus.optimizers.multipliers import (
     Multiplier,
@@ -39,6 +40,8 @@ class _State:
         # From a saved config, until `build`: excluded paths, and a row for every variable.
         self.excluded_paths: list[str] = []
         self.record: list[dict[str, Any]] | None = None
+        # Loaded from a file before `build`, which applies it.
+        self.early: early_state.EarlyState | None = None
 
 
 def path_of(variable: Any) -> str:
@@ -163,7 +166,8 @@ class LoRAPlusMixin(StepMixin):
 
         Raises:
             ValueError: A pattern of `lr_multipliers` matches no variable, two match the same one,
-                or the optimizer has been built on other variables. Nothing has been changed.
+                or the optimizer has been built on other variables; or a state that was loaded
+                before does not fit. Nothing has been changed.
         """
         variables = list(variables)
         if self._is_built:
@@ -178,12 +182,28 @@ class LoRAPlusMixin(StepMixin):
         state = self._loraplus
         table = self._plan(variables)
         self._resolve_excluded_paths(variables)
+        before = len(self._variables)
         super().build(variables)
         state.table = table
         state.multipliers = [row.value for row in table]
         state.has_low_precision = any(_compat.is_low_precision(v) for v in variables)
         for name in self._advanced_once:
             self._widen(name)
+        if state.early is not None:
+            self._apply_early_state(state.early, before)
+
+    def _apply_early_state(self, early: early_state.EarlyState, before: int) -> None:
+        try:
+            early_state.apply(self, self._variables, early)
+        except ValueError:
+            # Unbuilt again, with the state still waiting: a second attempt must not train without.
+            for variable in self._variables[before:]:
+                self._untrack_variable(variable)
+            self._trainable_variables.clear()
+            self._trainable_variables_indices.clear()
+            self._is_built = False
+            raise
+        self._loraplus.early = None
 
     @property
     def built(self) -> bool:
@@ -221,8 +241,46 @@ class LoRAPlusMixin(StepMixin):
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, also of an optimizer that the model has left behind."""
-        self._loraplus.refusal = None
-        super().save_own_variables(store)
+        state = self._loraplus
+        state.refusal = None
+        if state.early is not None:
+            early_state.store_unbuilt(self._variables, state.early, store)
+        else:
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the state; before `build`, keeps what it has no variables for until then.
+
+        Args:
+            store: Dict-like of arrays under `"0"`, `"1"`, ...
+
+        Raises:
+            ValueError: If a shape differs, or, before `build`, even the iteration and the learning
+                rate are not there. The optimizer is unchanged.
+        """
+        state = self._loraplus
+        state.refusal = None
+        if self._is_built:
+            early_state.check_shapes(self, self._variables, store)
+            super().load_own_variables(store)
+        elif len(store.keys()):
+            wrapper = (state.early.wrapper, state.early.wrapper_arrays) if state.early else ()
+            state.early = early_state.take(self, self._variables, store)
+            if state.early is not None and wrapper:
+                state.early.wrapper, state.early.wrapper_arrays = wrapper
+
+    def load_wrapped_state(self, store: Any, wrapper: Any, arrays: tuple) -> None:
+        """Loads the state before `build`, and keeps that of the `LossScaleOptimizer` around it.
+
+        Args:
+            store: Dict-like of arrays under `"0"`, `"1"`, ...
+            wrapper: The `LossScaleOptimizer`, unbuilt.
+            arrays: Its step counter and scale.
+        """
+        state = self._loraplus
+        state.early = early_state.take(self, self._variables, store)
+        if state.early is not None:
+            state.early.wrapper, state.early.wrapper_arrays = wrapper, arrays
 
     def _reason_against(self, variables: Sequence[Any]) -> str | None:
         known = self._trainable_variables_indices
