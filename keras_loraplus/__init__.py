@@ -1,6 +1,6 @@
 """LoRA+ for Keras 3: low-rank layers and optimizers with a learning-rate ratio."""
 
-from keras_loraplus import layers, optimizers
+from keras_loraplus import callbacks, layers, optimizers
 from keras_loraplus.adapters import inspect_adapter, load_adapter, save_adapter
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
 from keras_loraplus.named import (
@@ -24,6 +24,7 @@ __all__ = [
     "add_adapter",
     "assignments",
     "delete_adapter",
+    "callbacks",
     "enable_lora_plus",
     "inspect_adapter",
     "layers",

@@ -181,6 +181,19 @@ def _restore_flags(layers):
             _compat.restore_tracked_state(layer, before)
 
 
+def trained_before_enabling(layer):
+    """Returns the layer's own variables that were trainable before the model was enabled.
+
+    Args:
+        layer: Any layer of the model.
+
+    Returns:
+        List of variables; empty for a model that was loaded with its adapters.
+    """
+    before = layer.__dict__.get(_BEFORE)
+    return [] if before is None else [variable for variable, _ in before.trainable]
+
+
 def _report(plan, model):
     adapted = tuple(
         AdaptedLayer(
