@@ -1,7 +1,7 @@
 """LoRA+ for Keras 3: low-rank layers and optimizers with a learning-rate ratio."""
 
 from keras_loraplus import callbacks, layers, optimizers
-from keras_loraplus.adapters import inspect_adapter, load_adapter, save_adapter
+from keras_loraplus.adapters import inspect_adapter, load_adapter, load_weights, save_adapter
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
 from keras_loraplus.named import (
     active_adapter,
@@ -30,6 +30,7 @@ __all__ = [
     "layers",
     "list_adapters",
     "load_adapter",
+    "load_weights",
     "loraplus",
     "merge_lora_plus",
     "optimizers",

@@ -134,8 +134,6 @@ def first_half(name, folder):
     else:
         raise AssertionError("the first half was not stopped")
     model.save_weights(folder / "model.weights.h5")
-    if name == "plain":
-        model.save(folder / "model.keras")
     return values(model)
 
 
@@ -185,8 +183,7 @@ WAYS = {
     "AdapterCheckpoint": by_callback(
         lambda f: klp.callbacks.AdapterCheckpoint(f / "run.safetensors")
     ),
-    "load_model": by_keras_file("model.keras"),
-    "ModelCheckpoint, .keras": by_keras_file("callback.keras"),
+    "load_model": by_keras_file("callback.keras"),
     "without optimizer state": without_optimizer_state,
 }
 

@@ -2,5 +2,6 @@
 
 from keras_loraplus.adapters.inspection import Inspection, inspect_adapter
 from keras_loraplus.adapters.native import load_adapter, save_adapter
+from keras_loraplus.adapters.weights import load_weights
 
-__all__ = ["Inspection", "inspect_adapter", "load_adapter", "save_adapter"]
+__all__ = ["Inspection", "inspect_adapter", "load_adapter", "load_weights", "save_adapter"]

@@ -84,6 +84,20 @@ def store_unbuilt(variables: list, state: EarlyState, store: Any) -> None:
         store[str(position)] = keras.ops.convert_to_numpy(variables[position]) if early else array
 
 
+def of(model: Any) -> list:
+    """Returns the states that wait in a model's optimizer, for `put_back`."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizers: list = [optimizer, getattr(optimizer, "inner_optimizer", None)]
+    found = [one._loraplus for one in optimizers if hasattr(one, "load_wrapped_state")]
+    return [(holder, holder.early) for holder in found]
+
+
+def put_back(states: list) -> None:
+    """Undoes what a trial of loading has changed: it assigned nothing but kept what it read."""
+    for holder, early in states:
+        holder.early = early
+
+
 def check_shapes(optimizer: Any, variables: list, store: Any) -> None:
     """Raises before a built optimizer's state is half loaded; a wrong count is left to Keras.
 
