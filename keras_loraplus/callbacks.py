@@ -120,7 +120,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._batches_done = batch + 1
         if self.save_freq != "epoch" and self._batches_unsaved >= int(self.save_freq):
             self._batches_unsaved = 0
-            if self._batches_done == self.params.get("steps"):
+            steps = self.params.get("steps")
+            if steps is not None and self._batches_done >= steps:
                 self._save(self._epoch + 1, 0)
             else:
                 self._save(self._epoch, self._batches_done)
