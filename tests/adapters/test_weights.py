@@ -72,7 +72,7 @@ def test_adapted_weights_of_each_layer_type_raise_in_a_plain_model(case, tmp_pat
     assert np.abs(to_numpy(held(case)(case.inputs())) - to_numpy(plain(case.inputs()))).max() > 0.01
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["functional", "subclassed", "normalised"])
 def test_base_weights_load_and_leave_the_factors(name, tmp_path):
     """K03b for `load_weights`: a base file restores the frozen weights of an adapted model."""
     make, inputs = MODELS[name]
@@ -218,19 +218,6 @@ def test_a_refused_file_leaves_the_optimizer_as_it_was(tmp_path):
         twin.optimizer.build(twin.trainable_variables)
         for ours, right in zip(twin.optimizer.variables, saved[2].optimizer.variables, strict=True):
             np.testing.assert_array_equal(to_numpy(ours), to_numpy(right), err_msg=right.name)
-
-
-def test_a_keras_hub_task_is_told_what_to_enable(tmp_path):
-    import resume_runs
-
-    model, inputs = resume_runs.hub()
-    model.save_weights(tmp_path / "a.weights.h5")
-    twin, _ = resume_runs.hub()
-    klp.merge_lora_plus(twin)
-    before = values(twin)
-    with pytest.raises(ValueError, match=r"rank=2, alpha=5.0, targets=\['query', 'value'\]"):
-        klp.load_weights(twin, tmp_path / "a.weights.h5")
-    assert_unchanged(twin, before)
 
 
 def test_other_files_are_refused(tmp_path):
