@@ -29,8 +29,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     seed and epoch. The state of other callbacks and of metrics is not in the file.
 
     The frozen base is not in the file either: load it, enable the model and compile it as before.
-    Another base gets a warning. If several processes train one model, only the first writes, and
-    all of them read.
+    Another base gets a warning. Of several named adapters the active one is saved. If several
+    processes train one model, only the first writes, and all of them read.
 
     Args:
         filepath: The file, for example `"run.safetensors"`. Its folder is created. Each save

@@ -13,10 +13,11 @@ import numpy as np
 from keras import ops
 
 from keras_loraplus import _compat
-from keras_loraplus.adapters import files, native
-from keras_loraplus.adapters.fingerprint import fingerprint
+from keras_loraplus.adapters import files
+from keras_loraplus.adapters.base_check import compare_base, fingerprints
 from keras_loraplus.enable import trained_before_enabling
 from keras_loraplus.layers import is_adapted
+from keras_loraplus.named import active_adapter
 from keras_loraplus.structure import layers_by_path, variables_by_path
 from keras_loraplus.version import __version__
 
@@ -37,12 +38,15 @@ def write_checkpoint(model, path, epoch, batch):
     """
     variables = check_savable(model)
     position = {"epoch": epoch, "batch": batch, **_optimizer_of(model)}
+    position["adapter"] = active_adapter(model)
     tensors = {key: _as_saved(variable) for key, variable in variables.items()}
     tensors |= {f"random:{name}": state for name, state in _compat.random_states().items()}
     tensors[_POSITION] = np.frombuffer(json.dumps(position).encode(), "uint8")
-    base = {key: fingerprint(kernel) for key, kernel in native._frozen_matrices(model).items()}
     content = files.AdapterFile(
-        adapters=native._adapters_of(model), base=base, library_version=__version__, tensors=tensors
+        adapters=_settings(model),
+        base=fingerprints(model),
+        library_version=__version__,
+        tensors=tensors,
     )
     files.write(path, content)
 
@@ -85,7 +89,7 @@ def restore_checkpoint(model, path):
             + ". Enable and compile the model as in the run that wrote it, or give a new run "
             "another path."
         )
-    native._warn_of_another_base(model, path, content.base)
+    compare_base(model, path, content.base)
     for key, variable in variables.items():
         variable.assign(_as_variable(tensors[key], variable))
     if _compat.is_first_process(model):
@@ -101,7 +105,7 @@ def check_savable(model):
         ValueError: If the model has no adapters, or trains a variable that has no place of its own
             among its layers.
     """
-    if not native._adapters_of(model):
+    if not _settings(model):
         raise ValueError(
             f"The model '{model.name}' has no LoRA+ adapters. Enable them before training: "
             "`keras_loraplus.enable_lora_plus(model)`; without adapters use "
@@ -130,6 +134,14 @@ def check_savable(model):
         own = enumerate(model.optimizer.variables)
         found |= {f"optimizer:{number}": variable for number, variable in own}
     return found
+
+
+def _settings(model):
+    return {
+        path: layer.adapter.get_config()
+        for path, layer in layers_by_path(model).items()
+        if is_adapted(layer)
+    }
 
 
 def _trained(model):
@@ -178,7 +190,11 @@ def _faults(model, variables, adapters, tensors, position):
         faults.append(f"optimizer: {position['optimizer']} in the file, {here['optimizer']} here")
     elif position["order"] != here["order"]:
         faults.append(f"trains: {position['order']} in the file, {here['order']} here")
-    specs = native._adapters_of(model)
+    if position["adapter"] != active_adapter(model):
+        faults.append(
+            f"active adapter: '{position['adapter']}' in the file, '{active_adapter(model)}' here"
+        )
+    specs = _settings(model)
     for at in sorted({*adapters, *specs}):
         then, now = (
             {name: spec[at][name] for name in _SETTINGS} if at in spec else None
