@@ -8,7 +8,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
@@ -17,4 +17,5 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     # 16 x 8 + 8 x 64 and 64 x 8 + 8 x 64 for two adapters, 64 x 4 + 4 for the head
     assert "trainable parameters: 1,924 of" in shown
     assert "logits/kernel" in shown and "0.004" in shown
-    assert (tmp_path / "adapter.safetensors").exists()
+    for name in ("adapter", "small", "run"):
+        assert (tmp_path / f"{name}.safetensors").exists()
