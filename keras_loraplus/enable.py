@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import adopt, is_adapted, release
-from keras_loraplus.named import forget_adapters, waiting_adapters
 from keras_loraplus.planning import layer_path, make_plan
+from keras_loraplus.registry import forget_adapters, waiting_adapters
 from keras_loraplus.report import AdaptedLayer, Report, count_parameters
 
 _BEFORE = "_before_lora_plus"

@@ -5,61 +5,23 @@ that nothing is built, compiled or traced again. What belongs to an adapter is A
 else that trains (a head, say), and the optimizer's state for them.
 """
 
-import dataclasses
-import warnings
 import weakref
-from typing import Any
 
 import keras
 from keras import ops
 
 from keras_loraplus import _compat
-from keras_loraplus.layers import AdapterSpec, is_adapted
-from keras_loraplus.structure import layers_by_path
-
-DEFAULT = "default"
-_ATTRIBUTE = "_lora_plus_adapters"
-
-
-@dataclasses.dataclass
-class _Waiting:
-    """An adapter that is not active.
-
-    Attributes:
-        specs: Dict from structural layer path to `AdapterSpec`.
-        values: Pairs (variable, value) of everything that trains.
-        slots: Values of the optimizer's variables, or None where it has no state yet.
-        optimizer: Weak reference to the optimizer that the slots are of, or None.
-    """
-
-    specs: dict
-    values: list
-    slots: list | None = None
-    optimizer: Any = None
-
-
-class _Registry:
-    """All adapters of one model; every adapted layer of it refers to it.
-
-    A plain object among a layer's attributes: Keras and TensorFlow look into lists and
-    dictionaries, and would track what is in them.
-    """
-
-    def __init__(self, model):
-        self.model = model
-        self.active = DEFAULT
-        self.waiting = {}
-        self.first_layer = None
-
-    def warn_of_saving(self, layer):
-        """Says, once for all layers, that Keras saves the active adapter alone."""
-        if layer is self.first_layer and self.waiting:
-            warnings.warn(
-                f"Keras saves the active adapter '{self.active}' of '{self.model.name}' alone, not "
-                f"{sorted(self.waiting)}. Save each with "
-                "`keras_loraplus.save_adapter(model, path, adapter=name)`.",
-                stacklevel=2,
-            )
+from keras_loraplus.layers import AdapterSpec
+from keras_loraplus.registry import (
+    Waiting,
+    adapted_layers,
+    check_name,
+    check_room,
+    names_of,
+    registry_of,
+    wait,
+    what_trains,
+)
 
 
 def add_adapter(model, name, rank=None, alpha=None, *, init=None, scaling=None, rank_pattern=None):
@@ -96,13 +58,13 @@ def add_adapter(model, name, rank=None, alpha=None, *, init=None, scaling=None, 
 
     Source: PEFT's methods of the same names.
     """
-    adapted = _adapted(model)
-    registry = _registry(model, adapted)
+    adapted = adapted_layers(model)
+    registry = registry_of(model, adapted)
     check_room(model, name, {path: layer.adapter for path, layer in adapted.items()})
-    if name in _names(registry):
+    if name in names_of(registry):
         raise ValueError(
             f"The model '{model.name}' already has an adapter named '{name}'. Its adapters: "
-            f"{_names(registry)}. Choose another name, or delete that one: `delete_adapter`."
+            f"{names_of(registry)}. Choose another name, or delete that one: `delete_adapter`."
         )
     patterns = dict(rank_pattern or {})
     unknown = sorted(set(patterns) - set(adapted))
@@ -115,7 +77,7 @@ def add_adapter(model, name, rank=None, alpha=None, *, init=None, scaling=None, 
         path: _spec(layer.adapter, patterns.get(path, rank), alpha, init, scaling)
         for path, layer in adapted.items()
     }
-    _wait(registry, adapted, name, specs)
+    wait(registry, adapted, name, specs)
 
 
 def set_adapter(model, name):
@@ -136,9 +98,9 @@ def set_adapter(model, name):
     Example:
         See `add_adapter`.
     """
-    adapted = _adapted(model)
-    registry = _registry(model, adapted)
-    _check_name(model, registry, name)
+    adapted = adapted_layers(model)
+    registry = registry_of(model, adapted)
+    check_name(model, registry, name)
     if name == registry.active:
         return
     _check_enabled(adapted)
@@ -146,7 +108,7 @@ def set_adapter(model, name):
     state = _state_of(optimizer)
     incoming = registry.waiting[name]
     slots = _slots_for(incoming, optimizer, state)
-    outgoing = _Waiting(
+    outgoing = Waiting(
         specs={path: layer.adapter for path, layer in adapted.items()},
         values=[(variable, ops.copy(variable)) for variable in _owned(model, adapted, incoming)],
         slots=None if state is None else [ops.copy(variable) for variable in state],
@@ -182,8 +144,8 @@ def delete_adapter(model, name):
         >>> list(klp.list_adapters(model))
         ['default']
     """
-    registry = _registry(model, _adapted(model))
-    _check_name(model, registry, name)
+    registry = registry_of(model, adapted_layers(model))
+    check_name(model, registry, name)
     if name == registry.active:
         raise ValueError(
             f"The adapter '{name}' is active and cannot be deleted. Switch to another first: "
@@ -212,12 +174,12 @@ def list_adapters(model):
         >>> klp.list_adapters(model)["default"]["layers.0"].rank
         2
     """
-    adapted = _adapted(model)
-    registry = _registry(model, adapted)
+    adapted = adapted_layers(model)
+    registry = registry_of(model, adapted)
     active = {path: layer.adapter for path, layer in adapted.items()}
     return {
         name: active if name == registry.active else registry.waiting[name].specs
-        for name in _names(registry)
+        for name in names_of(registry)
     }
 
 
@@ -236,124 +198,7 @@ def active_adapter(model):
     Example:
         See `add_adapter`.
     """
-    return _registry(model, _adapted(model)).active
-
-
-def waiting_values(model, name):
-    """Returns the values of a named adapter that is not active, by `id` of the variable.
-
-    Args:
-        model: A model with adapters.
-        name: Name of one; of the active one nothing is returned, the variables hold it.
-
-    Raises:
-        ValueError: If there is no such adapter.
-    """
-    registry = _registry(model, _adapted(model))
-    _check_name(model, registry, name)
-    if name == registry.active:
-        return {}
-    return {id(variable): value for variable, value in registry.waiting[name].values}
-
-
-def put_waiting(model, name, specs, values):
-    """Gives a named adapter that is not active new values; adds it if there is none so named.
-
-    Args:
-        model: A model with adapters.
-        name: Its name.
-        specs: Dict from structural layer path to `AdapterSpec`.
-        values: Dict from `id` of a variable to its value; what is not in it stays.
-    """
-    adapted = _adapted(model)
-    registry = _registry(model, adapted)
-    if name not in registry.waiting:
-        _wait(registry, adapted, name, specs)
-    waiting = registry.waiting[name]
-    known = {id(variable) for variable, _ in waiting.values}
-    new = [v for v in _trained(model, adapted) if id(v) in values and id(v) not in known]
-    waiting.values = [(v, values.get(id(v), value)) for v, value in waiting.values]
-    waiting.values += [(variable, values[id(variable)]) for variable in new]
-
-
-def check_room(model, name, specs):
-    """Raises unless the model has room for adapters beside those of these settings."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"The name of an adapter must be a text. Received: {name!r}.")
-    for path, spec in specs.items():
-        if spec.max_rank is None:
-            raise ValueError(
-                f"A and B of layer '{path}' of '{model.name}' have room for one adapter of rank "
-                f"{spec.rank} only. Enable the model with the largest rank that its adapters will "
-                "have: `keras_loraplus.enable_lora_plus(model, rank=..., max_rank=...)`."
-            )
-
-
-def waiting_adapters(layers):
-    """Returns the names of adapters that the layers have beside the active one."""
-    registries = [layer.__dict__.get(_ATTRIBUTE) for layer in layers]
-    return sorted({name for registry in registries if registry for name in registry.waiting})
-
-
-def forget_adapters(layers):
-    """Makes layers that have been merged forget that they had named adapters."""
-    for layer in layers:
-        layer.__dict__.pop(_ATTRIBUTE, None)
-
-
-def _adapted(model):
-    found = {path: la for path, la in layers_by_path(model).items() if is_adapted(la)}
-    if not found:
-        raise ValueError(
-            f"The model '{model.name}' has no LoRA+ adapters. Enable them first: "
-            "`keras_loraplus.enable_lora_plus(model, max_rank=...)`."
-        )
-    return found
-
-
-def _registry(model, adapted):
-    """Returns the registry of the model, a new one that nothing refers to if it has none."""
-    found = {id(r): r for la in adapted.values() if (r := la.__dict__.get(_ATTRIBUTE)) is not None}
-    if not found:
-        return _Registry(model)
-    registry = next(iter(found.values()))
-    if len(found) > 1 or registry.model is not model:
-        raise ValueError(
-            f"The adapters of '{model.name}' were added through the model "
-            f"'{registry.model.name}', which knows what else trains with them. Pass that one."
-        )
-    return registry
-
-
-def _wait(registry, adapted, name, specs):
-    """Adds an adapter with initial factors, and copies of what else trains."""
-    values = [
-        (getattr(layer, factor), value)
-        for path, layer in adapted.items()
-        for factor, value in layer.initial_factors(specs[path]).items()
-    ]
-    factors = {id(variable) for variable, _ in values}
-    trained = _trained(registry.model, adapted)
-    values += [
-        (variable, ops.copy(variable)) for variable in trained if id(variable) not in factors
-    ]
-    registry.waiting[name] = _Waiting(specs, values)
-    registry.first_layer = next(iter(adapted.values()))
-    for layer in adapted.values():
-        layer.__dict__[_ATTRIBUTE] = registry
-
-
-def _names(registry):
-    names = [registry.active, *registry.waiting]
-    return sorted(names, key=lambda name: (name != DEFAULT, names.index(name)))
-
-
-def _check_name(model, registry, name):
-    if name not in _names(registry):
-        raise ValueError(
-            f"The model '{model.name}' has no adapter named {name!r}. Its adapters: "
-            f"{_names(registry)}. Add it first: `keras_loraplus.add_adapter(model, name)`."
-        )
+    return registry_of(model, adapted_layers(model)).active
 
 
 def _check_enabled(adapted):
@@ -376,15 +221,9 @@ def _spec(active, rank, alpha, init, scaling):
     )
 
 
-def _trained(model, adapted):
-    factors = [v for layer in adapted.values() for v in layer.adapter_variables().values()]
-    known = {id(variable) for variable in factors}
-    return factors + [v for v in model.trainable_variables if id(v) not in known]
-
-
 def _owned(model, adapted, incoming):
     """Returns what trains now and what the incoming adapter will write to, each variable once."""
-    variables = [*_trained(model, adapted), *(variable for variable, _ in incoming.values)]
+    variables = [*what_trains(model, adapted), *(variable for variable, _ in incoming.values)]
     return list({id(variable): variable for variable in variables}.values())
 
 

@@ -8,14 +8,9 @@ from keras_loraplus.adapters import files, hub
 from keras_loraplus.adapters.base_check import compare_base, fingerprints
 from keras_loraplus.enable import apply_plan, targets_of, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
-from keras_loraplus.named import (
-    active_adapter,
-    check_room,
-    list_adapters,
-    put_waiting,
-    waiting_values,
-)
+from keras_loraplus.named import active_adapter, list_adapters
 from keras_loraplus.planning import Adaptation, Plan
+from keras_loraplus.registry import check_room, put_waiting, waiting_values
 from keras_loraplus.structure import layers_by_path, variables_by_path
 from keras_loraplus.version import __version__
 
