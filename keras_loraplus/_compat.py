@@ -335,14 +335,17 @@ def clear_compiled_state(model):
     """Makes `fit` and `evaluate` ask for `compile` again, and `predict` trace again.
 
     `Trainer.compiled` and the traced functions (3.15.1): Keras has no public way to take a
-    `compile` back. The optimizer goes too: it knows variables that train no more, and a file of
-    the model would hold its state, which no optimizer that is loaded later could take.
+    `compile` back. An optimizer that was built goes too: it knows variables that train no more, and
+    a file of the model would hold its state. One that was not built holds nothing of the model;
+    KerasHub makes it with every task, and expects it in the task's files. Before it is built an
+    optimizer has its iteration count and rate; `built` is False again where variables are gone.
     """
     if not getattr(model, "compiled", False):
         model.predict_function = None
         return
     model.compiled = False
-    model.optimizer = None
+    if model.optimizer is not None and len(model.optimizer.variables) > 2:
+        model.optimizer = None
     model.train_function = None
     model.test_function = None
     model.predict_function = None
