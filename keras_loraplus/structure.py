@@ -21,6 +21,9 @@ def layers_by_path(root):
     Returns:
         Dict from path to layer, parents before children.
 
+    Raises:
+        ValueError: If two layers have the same path.
+
     Example:
         >>> inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         >>> list(layers_by_path(keras.Sequential([keras.Input((2,)), inner])))
@@ -61,7 +64,33 @@ def variables_by_path(root, chosen):
     return found
 
 
+def check_all_reached(root, chosen, found):
+    """Raises if a chosen weight stands where no path leads, in a set for example.
+
+    Args:
+        root: A Keras layer or model.
+        chosen: Function of a variable, whether it is wanted.
+        found: What `variables_by_path` returned for the two.
+
+    Raises:
+        ValueError: If a weight is missing.
+    """
+    reached = {id(variable) for variable in found.values()}
+    lost = [v.path for v in root.weights if chosen(v) and id(v) not in reached]
+    if lost:
+        raise ValueError(
+            f"Weights of '{root.name}' that no path of attributes, lists and dicts leads to, so "
+            f"that a file could not name them: {lost}. Hold their layers in attributes, lists or "
+            "dicts of the model."
+        )
+
+
 def _walk(layer, path, found, seen):
+    if path in found:
+        raise ValueError(
+            f"Two layers stand at '{path}' of the model, which a file could not tell apart: "
+            f"'{found[path].name}' and '{layer.name}'. Rename a key of the dict that holds one."
+        )
     seen.add(id(layer))
     found[path] = layer
     for name, child in _children(layer):
@@ -74,13 +103,16 @@ def _children(layer):
         for position, child in enumerate(layer.layers):
             yield f"layers.{position}", child
     for name, value in _compat.attributes(layer):
-        if isinstance(value, keras.layers.Layer):
-            yield name, value
-        elif isinstance(value, (list, tuple)):
-            for position, child in enumerate(value):
-                if isinstance(child, keras.layers.Layer):
-                    yield f"{name}.{position}", child
-        elif isinstance(value, dict):
-            for key, child in value.items():
-                if isinstance(key, str) and isinstance(child, keras.layers.Layer):
-                    yield f"{name}.{key}", child
+        yield from _layers_in(value, name, set())
+
+
+def _layers_in(value, name, inside):
+    """Yields the layers of an attribute by name, through lists, tuples and dicts in one another."""
+    if isinstance(value, keras.layers.Layer):
+        yield name, value
+        return
+    if not isinstance(value, (list, tuple, dict)) or id(value) in inside:
+        return
+    members = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, member in members:
+        yield from _layers_in(member, f"{name}.{key}", inside | {id(value)})
