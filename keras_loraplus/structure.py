@@ -70,12 +70,12 @@ def check_all_reached(root, chosen, found):
     Args:
         root: A Keras layer or model.
         chosen: Function of a variable, whether it is wanted.
-        found: What `variables_by_path` returned for the two.
+        found: The variables that were found.
 
     Raises:
         ValueError: If a weight is missing.
     """
-    reached = {id(variable) for variable in found.values()}
+    reached = {id(variable) for variable in found}
     lost = [v.path for v in root.weights if chosen(v) and id(v) not in reached]
     if lost:
         raise ValueError(

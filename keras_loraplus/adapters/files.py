@@ -37,6 +37,7 @@ class AdapterFile:
         library_version: Version of keras_loraplus that wrote the file.
         tensors: Dict from key to numpy array.
         targets: The `targets` that the model was enabled with, as JSON; None for the default.
+        faults: What `read(..., strict=False)` found wrong with tensors, a text each.
     """
 
     adapters: dict
@@ -44,6 +45,7 @@ class AdapterFile:
     library_version: str
     tensors: dict
     targets: Any = None
+    faults: tuple = ()
 
 
 def write(path, content):
@@ -60,25 +62,17 @@ def write(path, content):
     empty = sorted(key for key, value in content.tensors.items() if not value.size)
     if empty:
         raise ValueError(f"An adapter file holds no tensors without entries. Received: {empty}.")
-    description = {
-        "format_version": FORMAT_VERSION,
-        "library_version": content.library_version,
-        "targets": content.targets,
-        "adapters": _grouped(content.adapters),
-        "base": _grouped(content.base, apart="samples"),
-        "digests": _digests(content.tensors),
-    }
-    text = json.dumps(description, separators=(",", ":"))
-    metadata = {"format": FORMAT, "description": text}
     tensors = {key: np.asarray(value, order="C") for key, value in content.tensors.items()}
-    write_atomically(path, container.encoded(tensors, metadata))
+    write_atomically(path, container.encoded(tensors, _metadata(content)))
 
 
-def read(path):
+def read(path, *, strict=True):
     """Reads an adapter file and checks every byte of it.
 
     Args:
         path: A file that `write` wrote.
+        strict: Whether damaged tensors and tensors without entries raise. If not, they are in
+            `faults`, for an error that lists them with whatever else is wrong.
 
     Returns:
         The `AdapterFile`.
@@ -100,11 +94,26 @@ def read(path):
             "it again."
         ) from error
     try:
-        return _content(path, tensors, metadata)
+        content = _content(path, tensors, metadata)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, binascii.Error) as error:
         raise ValueError(
             f"'{path}' is not an adapter file: its description lacks what one holds ({error!r})."
         ) from error
+    if strict and content.faults:
+        raise ValueError(f"'{path}' is damaged: {'; '.join(content.faults)}. Fetch the file again.")
+    return content
+
+
+def _metadata(content):
+    description = {
+        "format_version": FORMAT_VERSION,
+        "library_version": content.library_version,
+        "targets": content.targets,
+        "adapters": _grouped(content.adapters),
+        "base": _grouped(content.base, apart="samples"),
+        "digests": _digests(content.tensors),
+    }
+    return {"format": FORMAT, "description": json.dumps(description, separators=(",", ":"))}
 
 
 def _content(path, tensors, metadata):
@@ -121,20 +130,16 @@ def _content(path, tensors, metadata):
             f"{description['library_version']}."
         )
     empty = sorted(key for key, value in tensors.items() if not value.size)
-    if empty:
-        raise ValueError(f"'{path}' holds tensors without entries: {empty}. Save it again.")
-    damaged = _differing(tensors, description["digests"])
-    if damaged:
-        raise ValueError(
-            f"'{path}' is damaged: tensors that are not what was written: {damaged}. Fetch the "
-            "file again."
-        )
+    differing = _differing(tensors, description["digests"])
+    faults = [f"without entries: {key}" for key in empty]
+    faults += [f"not what was written: {key}" for key in differing if key not in empty]
     return AdapterFile(
         adapters=_by_path(description["adapters"]),
         base=_by_path(description["base"], apart="samples"),
         library_version=description["library_version"],
         tensors=tensors,
         targets=description["targets"],
+        faults=tuple(faults),
     )
 
 

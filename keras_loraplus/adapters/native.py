@@ -5,13 +5,13 @@ import numpy as np
 from keras import ops
 
 from keras_loraplus.adapters import files, hub
-from keras_loraplus.adapters.base_check import compare_base, fingerprints
+from keras_loraplus.adapters.base_check import compare_base, factor_ids, fingerprints, other_places
 from keras_loraplus.enable import apply_plan, targets_of, undo_plan
 from keras_loraplus.layers import AdapterSpec, is_adapted
 from keras_loraplus.named import active_adapter, list_adapters
 from keras_loraplus.planning import Adaptation, Plan
 from keras_loraplus.registry import check_room, put_waiting, waiting_values
-from keras_loraplus.structure import layers_by_path, variables_by_path
+from keras_loraplus.structure import check_all_reached, layers_by_path, variables_by_path
 from keras_loraplus.version import __version__
 
 
@@ -58,6 +58,12 @@ def save_adapter(model, path, *, adapter=None, include_trainable=True):
     waiting = waiting_values(model, adapter)
     specs = list_adapters(model)[adapter]
     places = _places(model, include_trainable, specs)
+    factors = factor_ids(model)
+    check_all_reached(
+        model,
+        lambda v: id(v) in factors or (include_trainable and v.trainable),
+        [variable for variable, _ in places.values()],
+    )
     content = files.AdapterFile(
         adapters={at: spec.own_config() for at, spec in specs.items()},
         base=fingerprints(model),
@@ -112,7 +118,7 @@ def load_adapter(model, path, *, adapter=None):
             )
         hub.load_lora_h5(model, path, _assign)
         return model
-    content = files.read(path)
+    content = files.read(path, strict=False)
     plan = None
     if not _has_adapters(model):
         if adapter is not None:
@@ -195,11 +201,13 @@ def _plan_from_file(model, path, content):
         raise ValueError(
             f"'{path}' holds adapters for layers that '{model.name}' does not have: {missing}. "
             "Load it into the model that it was trained on."
+            + (f" It is also damaged: {'; '.join(content.faults)}." if content.faults else "")
         )
     adaptations = tuple(
         Adaptation(layers[at], at, AdapterSpec.from_config(spec)) for at, spec in specs.items()
     )
-    kept = variables_by_path(model, lambda v: True)
+    names = {key.rpartition("/")[2] for key in tensors}
+    kept = variables_by_path(model, lambda v: v.name in names)
     return Plan(
         scope=model,
         adaptations=adaptations,
@@ -217,14 +225,15 @@ def _checked_places(model, path, content, specs):
     factors = _places(model, False, specs)
     if set(tensors) == set(factors):  # saved with include_trainable=False
         expected = factors
-    faults = [f"missing: {key}" for key in sorted(set(expected) - set(tensors))]
+    faults = [*content.faults, *other_places(model, content.base)]
+    faults += [f"missing: {key}" for key in sorted(set(expected) - set(tensors))]
     faults += [f"unexpected: {key}" for key in sorted(set(tensors) - set(expected))]
     for key in sorted(set(expected) & set(tensors)):
         (variable, factor), value = expected[key], tensors[key]
         shape = tuple(variable.shape) if factor is None else factor.shape
         if value.shape != shape:
             faults.append(f"shape: {key} is {value.shape} in the file and {shape} in the model")
-        elif not np.isfinite(value.astype("float32")).all():
+        elif not np.isfinite(value).all():
             faults.append(f"not finite: {key}")
     for at, spec in specs.items():
         saved, own = content.adapters.get(at), spec.own_config()
@@ -235,6 +244,7 @@ def _checked_places(model, path, content, specs):
         raise ValueError(
             f"'{path}' does not fit the model '{model.name}'; nothing was loaded. "
             + "; ".join(faults)
+            + (". The file is damaged: fetch it again" if content.faults else "")
             + ". Enable the model with the settings that the adapter was trained with, or load "
             "into a model without adapters to take them from the file."
         )

@@ -161,6 +161,75 @@ def values_trained(model):
     return [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
 
 
+def renamed(tensors):
+    """A prefix more, as a wrapper around the model would give."""
+    for key in list(tensors):
+        tensors[f"backbone/{key}"] = tensors.pop(key)
+
+
+def test_a_renamed_prefix_is_both_missing_and_unexpected(saved):
+    _, path = saved
+    names = list(files.read(path).tensors)
+    rewrite(path, renamed)
+    twin = small_model()
+    klp.enable_lora_plus(twin, rank=2, alpha=5, trainable=".*bias")
+    before = values(twin)
+    with pytest.raises(ValueError) as error:
+        klp.load_adapter(twin, path)
+    for key in names:
+        assert f"missing: {key}" in str(error.value)
+        assert f"unexpected: backbone/{key}" in str(error.value)
+    assert_unchanged(twin, before)
+
+
+def stack(count, width=5):
+    return keras.Sequential(
+        [
+            keras.Input((width,)),
+            *[keras.layers.Dense(width, activation="tanh") for _ in range(count)],
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize("include_trainable", [True, False])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_layer_more_or_less_of_the_same_shape_is_an_error(
+    tmp_path, include_trainable, count, enabled
+):
+    """K01: positions alone would put A and B beside another kernel of the same shape."""
+    model = stack(3)
+    klp.enable_lora_plus(model, rank=2, targets=[la.name for la in model.layers[:2]])
+    perturb(model)
+    path = klp.save_adapter(model, tmp_path / "a.safetensors", include_trainable=include_trainable)
+    twin = stack(count)
+    if enabled:
+        klp.enable_lora_plus(twin, rank=2, targets=[la.name for la in twin.layers[:2]])
+    before = values(twin)
+    with pytest.raises(ValueError, match="layers.0") as error:
+        klp.load_adapter(twin, path)
+    assert f"layers.0/kernel was one of 3 matrices of shape (5, 5) and is one of {count}" in str(
+        error.value
+    )
+    assert_unchanged(twin, before)
+
+
+def test_factors_alone_fit_a_model_with_another_head(tmp_path):
+    model = small_model()
+    klp.enable_lora_plus(model, rank=2)
+    perturb(model)
+    path = klp.save_adapter(model, tmp_path / "a.safetensors", include_trainable=False)
+    twin = small_model()
+    body = keras.Model(twin.inputs, twin.layers[-2].output)
+    other = keras.Sequential([*body.layers[1:], keras.layers.Dense(9)])
+    other(inputs())
+    klp.load_adapter(other, path)
+    for layer in (0, 1):
+        for name, variable in other.layers[layer].adapter_variables().items():
+            assert_close(variable, model.layers[layer].adapter_variables()[name], EXACT)
+
+
 def test_another_base_is_told(saved):
     model, path = saved
     other = small_model(seed=9)
