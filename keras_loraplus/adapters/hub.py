@@ -35,7 +35,7 @@ def load_lora_h5(model, path, assign):
             file and everything else is frozen as `enable_lora_plus` does; with adapters, they have
             to be on those layers, of those ranks and of scale 1.
         path: The file.
-        assign: Function that puts an array into a variable.
+        assign: Function of a variable, its `Factor` and an array, which puts the array into it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -62,8 +62,8 @@ def load_lora_h5(model, path, assign):
     if not adapted:
         apply_plan(_plan(backbone, factors), model)
     for layer, values in factors.items():
-        for variable, value in zip(layer.adapter_variables().values(), values, strict=True):
-            assign(variable, value)
+        for factor, value in zip(layer.factors().values(), values, strict=True):
+            assign(getattr(layer, factor.name), factor, value)
     _say_ranks(path, rank, factors)
 
 

@@ -168,8 +168,8 @@ def _loaded(variable, factor, value):
     return value if factor is None else factor.padded(value, variable.shape[factor.rank_axis])
 
 
-def _assign(variable, value):
-    variable.assign(_loaded(variable, None, value))
+def _assign(variable, factor, value):
+    variable.assign(_loaded(variable, factor, value))
 
 
 def _places(model, include_trainable, specs):

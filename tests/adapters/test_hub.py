@@ -156,6 +156,18 @@ def test_an_adapted_backbone_of_fitting_ranks(tmp_path):
     assert_close(outputs(twin), expected, FLOAT32_MODEL)
 
 
+def test_an_adapted_backbone_with_room_for_more(tmp_path):
+    """Of `max_rank`: what stands beyond the rank of the file is zero."""
+    path = tmp_path / "x.lora.h5"
+    expected, _ = saved(bert, path)
+    twin = filled(bert)
+    klp.enable_lora_plus(twin, rank=6, max_rank=9)
+    klp.load_adapter(twin, path)
+    assert_close(outputs(twin), expected, FLOAT32_MODEL)
+    widths = {v.shape[-1] for v in twin.trainable_variables if v.name == "lora_kernel_a"}
+    assert widths == {9}
+
+
 @pytest.mark.parametrize(
     "settings, faults",
     [
