@@ -2,6 +2,7 @@
 
 from keras_loraplus import callbacks, layers, optimizers
 from keras_loraplus.adapters import inspect_adapter, load_adapter, load_weights, save_adapter
+from keras_loraplus.adapters.peft import export_peft, import_peft
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
 from keras_loraplus.named import (
     active_adapter,
@@ -26,6 +27,8 @@ __all__ = [
     "callbacks",
     "delete_adapter",
     "enable_lora_plus",
+    "export_peft",
+    "import_peft",
     "inspect_adapter",
     "layers",
     "list_adapters",

@@ -5,6 +5,7 @@ Every use says why the public API does not do, and the Keras version it was chec
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import re
 import sys
@@ -806,3 +807,72 @@ def is_first_process(model):
         started = distributed.is_available() and distributed.is_initialized()
         return not started or distributed.get_rank() == 0
     return bool(model.distribute_strategy.extended.should_checkpoint)
+
+
+# --- KerasHub: its converters of Hugging Face checkpoints -----------------------------------------
+
+
+def hub_converter(config):
+    """Returns KerasHub's converter module for a Hugging Face `config.json`.
+
+    `TransformersPresetLoader` (keras_hub 0.32.0) picks it by model type; KerasHub has no public
+    name for its converters.
+
+    Raises:
+        ValueError: If KerasHub has none.
+    """
+    from keras_hub.src.utils.transformers.preset_loader import TransformersPresetLoader
+
+    try:
+        return TransformersPresetLoader("", config).converter
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"KerasHub has no converter for model type {config.get('model_type')!r}, so that its "
+            "weights have no known Hugging Face names."
+        ) from error
+
+
+def hub_backbone_from(preset):
+    """Loads a backbone from a KerasHub preset or a Hugging Face checkpoint folder.
+
+    Raises:
+        ImportError: If keras_hub is not installed.
+    """
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ImportError(
+            "Building a backbone needs KerasHub: pip install 'keras-loraplus[hub]'."
+        ) from error
+    return keras_hub.models.Backbone.from_preset(preset)
+
+
+def hub_ties_logits(model):
+    """Whether a KerasHub task computes logits with its backbone's token embedding (0.32.0)."""
+    hub = loaded("keras_hub")
+    return hub is not None and isinstance(model, (hub.models.CausalLM, hub.models.MaskedLM))
+
+
+def transformers_renames(model_type):
+    """Returns pairs (pattern, replacement) from checkpoint names to names of modules.
+
+    transformers 5 (5.24.0) renames the weights of some models, ViT's for example, as it reads them,
+    and PEFT goes by the new names. Its tables have no public name. Without transformers, or with
+    one that has no tables, names are taken as they are in the checkpoint.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    except ImportError:
+        return []
+    names = [model_type, MODEL_MAPPING_NAMES.get(model_type)]
+    tables = [get_checkpoint_conversion_mapping(name) or [] for name in names if name]
+    return [
+        (source, target)
+        for table in tables
+        for entry in table
+        if type(entry).__name__ == "WeightRenaming"
+        for source, target in zip(entry.source_patterns, entry.target_patterns, strict=True)
+    ]
