@@ -56,6 +56,7 @@ def parse(arguments):
     add("--limit", type=integer(1), help="use only so many texts to train and to test on")
     add("--seed", type=integer(0), default=0)
     add("--adapter", help="start from a saved adapter; only evaluates it unless --epochs is given")
+    add("--export-peft", metavar="DIR", help="write the adapter as a Hugging Face PEFT folder too")
     add("--output", help="folder for what is written; default: one under outputs/")
     add("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
@@ -68,6 +69,8 @@ def parse(arguments):
             raise InputError("--rank goes without --adapter, whose file holds the rank")
         if not pathlib.Path(options.adapter).is_file():
             raise InputError(f"--adapter {options.adapter}: no such file")
+    if options.export_peft is not None and options.method == "full":
+        raise InputError("--export-peft goes with --method loraplus or lora")
     if options.test_data is not None and options.data is None:
         raise InputError("--test-data goes with --data")
     if options.epochs is None:
@@ -138,6 +141,8 @@ def main(arguments=None):
     options = parse(arguments)
     choose_backend(options.backend)
     preset = find_preset(options.preset)
+    if options.export_peft is not None:
+        check_exportable(preset)
     dataset, *parts = load_data(options)
     output = make_output_folder(options.output)
     with quiet_stderr():
@@ -220,6 +225,8 @@ def finetune(method, options, preset, classes, train, validation, test, output):
         training.save_plain(model, preset, len(classes), output / f"model{suffix}.keras")
         return result
     klp.save_adapter(model, output / f"adapter{suffix}.safetensors")
+    if options.export_peft is not None and method == options.method:
+        export(model, options.export_peft, preset)
     sample = {name: value[:64] for name, value in test[0].items()}
     before = model.predict(sample, verbose=0)
     # From here on a plain Keras model: it loads where keras_loraplus is not installed.
@@ -230,6 +237,31 @@ def finetune(method, options, preset, classes, train, validation, test, output):
     result["merged_relative_difference"] = difference
     print(f"merged: outputs differ by {difference:.1e} of the largest logit")
     return result
+
+
+def check_exportable(preset):
+    """Tells before the training what would fail after it."""
+    folder = pathlib.Path(preset)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise InputError("--export-peft needs a --preset that is a Hugging Face checkpoint folder")
+
+
+def export(model, folder, preset):
+    """Writes the adapter and the head for Hugging Face's BertForSequenceClassification."""
+    import keras_loraplus as klp
+
+    try:
+        klp.export_peft(
+            model,
+            folder,
+            str(preset),
+            prefix="bert.",
+            modules_to_save={"classifier": "logits"},
+            task_type="SEQ_CLS",
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(f"--export-peft {folder}: {one_line(error)}") from error
+    print(f"PEFT folder for BertForSequenceClassification: {folder}")
 
 
 if __name__ == "__main__":
