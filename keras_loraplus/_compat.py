@@ -251,20 +251,23 @@ def set_mask(tensor, mask):
 
 
 def with_fast_gradient(a):
-    """Returns A, arranged so that XLA computes its gradient quickly on the CPU.
+    """Returns the matrix A, arranged so that its gradient is computed quickly on the CPU.
 
-    As autodiff leaves it, the gradient of A (n, r) is `x^T g`, which XLA on the CPU (jax 0.10.2)
-    runs some ten times slower than its mirror `g^T x`, and simplification turns one into the other
-    through any transpose. A barrier between the product and the transpose keeps the mirror. It
-    changes no value, and is differentiable in both modes, which a custom gradient would not be.
-    The other backends get A as it is.
+    As autodiff leaves it, the gradient of A (n, r) is `x^T g`, which runs several times slower than
+    its mirror `g^T x`. XLA (jax 0.10.2) turns one into the other through any transpose: a barrier
+    between the product and the transpose keeps the mirror. torch (2.13.0) forms gradients in the
+    memory order of the operand: with A stored by columns it computes the mirror, and the forward
+    product is faster as well. No value changes, and both can be differentiated in both modes, which
+    a custom gradient could not. TensorFlow gets A as it is.
     """
-    if keras.backend.backend() != "jax":
-        return a
-    import jax
+    transposed = keras.ops.transpose(a)
+    if keras.backend.backend() == "jax":
+        import jax
 
-    transposed = jax.lax.optimization_barrier(keras.ops.moveaxis(a, -1, 0))
-    return keras.ops.moveaxis(transposed, 0, -1)
+        return keras.ops.transpose(jax.lax.optimization_barrier(transposed))
+    if keras.backend.backend() == "torch":
+        return keras.ops.transpose(transposed.contiguous())
+    return a
 
 
 @contextlib.contextmanager

@@ -228,6 +228,16 @@ class LowRankLayer(StoredLayer, _Mixed):
         scaled = ops.multiply(ops.convert_to_tensor(factor), scale)
         return ops.cast(other, dtype), ops.cast(scaled, dtype)
 
+    def _plus_product(self, outputs, inputs, a, b):
+        """Returns `outputs + (inputs A) B` for matrices A (n, r) and B (r, m).
+
+        The products are those of matrices: with more axes XLA moves the inputs in memory for each
+        gradient.
+        """
+        flat = ops.reshape(inputs, (-1, a.shape[0]))
+        inner = ops.matmul(flat, _compat.with_fast_gradient(a))  # (tokens, r)
+        return ops.add(outputs, ops.reshape(ops.matmul(inner, b), ops.shape(outputs)))
+
     def _frozen(self, kernel):
         """Returns the kernel without a gradient of its own.
 

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_loraplus import _compat
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import factor_initializers
@@ -73,11 +72,9 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
     def call(self, inputs, training=None):
         """Returns `activation(x W + s (x A) B + bias)`."""
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
-        a = _compat.with_fast_gradient(a)
-        inner = ops.matmul(self._dropped(inputs, training), a)  # (..., r)
-        outputs = ops.add(
-            ops.matmul(inputs, self._frozen(self.kernel)), ops.matmul(inner, b)
-        )  # (..., m)
+        adapter_inputs = self._dropped(inputs, training)
+        outputs = ops.matmul(inputs, self._frozen(self.kernel))  # (..., m)
+        outputs = self._plus_product(outputs, adapter_inputs, a, b)
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         if self.activation is not None:

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_loraplus import _compat
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.layers.factors import Factor, Factors
@@ -90,10 +89,14 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         """Returns `activation(einsum(x, W) + s einsum(einsum(x, A), B) + bias)`."""
         split = split_einsum(self.equation)
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
-        a = _compat.with_fast_gradient(a)
-        inner = ops.einsum(split.down, self._dropped(inputs, training), a)
+        adapter_inputs = self._dropped(inputs, training)
         outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
-        outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
+        if split.is_matmul:
+            a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
+            outputs = self._plus_product(outputs, adapter_inputs, a, b)
+        else:
+            inner = ops.einsum(split.down, adapter_inputs, a)
+            outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         if self.activation is not None:

@@ -20,6 +20,8 @@ class EinsumSplit:
         contracted: Kernel letters that the input contracts (A's fan-in).
         free: Kernel letters that only the output has (B's fan-out).
         shared: Letters that input, kernel and output have (experts, heads).
+        is_matmul: Whether both products are those of matrices once axes are merged: the input ends
+            with the contracted axes, the output with the free ones, in the kernel's order.
     """
 
     down: str
@@ -31,6 +33,7 @@ class EinsumSplit:
     contracted: str
     free: str
     shared: str
+    is_matmul: bool
 
     def shapes(self, kernel_axes, kernel_shape, rank):
         """Returns the shapes of A and B for a kernel of `kernel_shape`.
@@ -132,6 +135,12 @@ def split_einsum(equation):
     b_axes = shared + rank_axis + free
     inner = "".join(part for part in _tokens(inputs) if part == "..." or part in outputs)
     inner += rank_axis
+    batch = _tokens(inner)[:-1]
+    is_matmul = (
+        not shared
+        and _tokens(inputs) == [*batch, *contracted]
+        and _tokens(outputs) == [*batch, *free]
+    )
     return EinsumSplit(
         down=f"{inputs},{a_axes}{rank_axis}->{inner}",
         up=f"{inner},{b_axes}->{outputs}",
@@ -142,6 +151,7 @@ def split_einsum(equation):
         contracted=contracted,
         free=free,
         shared=shared,
+        is_matmul=is_matmul,
     )
 
 

@@ -199,8 +199,8 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
                 ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, kernel, down, up)
             )
         kernel = self._frozen(kernel)
-        inner = ops.matmul(self._dropped(inputs, training), down)  # (..., r)
-        logits = ops.add(ops.matmul(inputs, kernel), ops.matmul(inner, up))
+        adapter_inputs = self._dropped(inputs, training)
+        logits = self._plus_product(ops.matmul(inputs, kernel), adapter_inputs, down, up)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

@@ -75,6 +75,34 @@ def test_two_thin_products_equal_the_dense_formula(equation):
     assert np.max(np.abs(expected)) > 1.0
 
 
+# Those whose axes have to be moved, or that have experts, are not products of two matrices.
+NO_MATRICES = {
+    "abc,adc->abd",
+    "bhuwd,hdf->bhuwf",
+    "eti,eih->eth",
+    "etm,emh->eth",
+    "th,ehi->eti",
+    "th,ehm->etm",
+    "xa...,ab->xb...",
+    "ab...,bcd->adc...",
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_products_of_matrices_equal_the_equations(equation):
+    rng = np.random.default_rng(1)
+    inputs, kernel = equation.split("->")[0].split(",")
+    split = split_einsum(equation)
+    assert split.is_matmul == (equation not in NO_MATRICES)
+    if not split.is_matmul:
+        return
+    a_shape, b_shape = split.shapes(kernel, sizes_of(kernel), 3)
+    a, b, x = rng.normal(size=a_shape), rng.normal(size=b_shape), operand(inputs, rng)
+    expected = np.einsum(split.up, np.einsum(split.down, x, a), b)
+    product = x.reshape(-1, a.size // 3) @ a.reshape(-1, 3) @ b.reshape(3, -1)
+    np.testing.assert_allclose(product.reshape(expected.shape), expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_fans_are_products_of_contracted_and_free_axes(equation):
     kernel = kernel_axes(equation)
