@@ -53,6 +53,8 @@ class PeftConfig:
         fan_in_fan_out: Whether the adapted matrices are (inputs, outputs).
         modules_to_save: Names of modules that are saved whole.
         base: Name or folder of the base model, or None.
+        all_targeted: Whether every module of a targeted name has an adapter: names are listed, and
+            no layers are chosen or left out.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class PeftConfig:
     fan_in_fan_out: bool
     modules_to_save: tuple
     base: str | None
+    all_targeted: bool
 
     def rank_of(self, module):
         """Returns the rank of a module."""
@@ -124,7 +127,14 @@ def read_config(folder):
         fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         base=fields.get("base_model_name_or_path"),
+        all_targeted=_all_targeted(fields),
     )
+
+
+def _all_targeted(fields):
+    targets = fields.get("target_modules")
+    chosen = fields.get("layers_to_transform") or fields.get("exclude_modules")
+    return isinstance(targets, list) and not chosen and all("." not in name for name in targets)
 
 
 def _faults(fields):

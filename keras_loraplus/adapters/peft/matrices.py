@@ -62,6 +62,17 @@ def matrices_of(root):
     return list(found.values())
 
 
+def why_not_of_logits(model, matrix):
+    """Returns why a tied embedding of a language model cannot have an adapter there, or None."""
+    tied = matrix.is_embedding and getattr(matrix.layer, "tie_weights", False)
+    if not tied or not _compat.hub_ties_logits(model):
+        return None
+    return (
+        f"{matrix.name}: its adapter acts in the logits too, which PEFT's does not; take the "
+        "backbone alone, or leave the embedding out"
+    )
+
+
 def _of_layer(layer):
     kernel = ("lora_kernel_a", "lora_kernel_b")
     table = ("lora_embeddings_a", "lora_embeddings_b")

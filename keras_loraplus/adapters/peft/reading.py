@@ -1,6 +1,7 @@
 """Reads a PEFT folder into a KerasHub model."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from keras_loraplus.adapters.peft.config import read_config
 from keras_loraplus.adapters.peft.folder import read_folder
 from keras_loraplus.adapters.peft.heads import head_layers, head_variables
 from keras_loraplus.adapters.peft.mapping import from_peft
-from keras_loraplus.adapters.peft.matrices import ModuleMap
+from keras_loraplus.adapters.peft.matrices import ModuleMap, why_not_of_logits
 from keras_loraplus.adapters.peft.writing import backbone_of, checkpoint_folder
 from keras_loraplus.bypass import bypassed_layers
 from keras_loraplus.enable import apply_plan
@@ -61,6 +62,8 @@ def import_peft(model, folder, *, checkpoint=None, modules_to_save=None):
     faults: list = []
     found = _Found(specs={}, values=[], kept=[])
     _find_factors(mapped, config, factors, found, faults)
+    reasons = (why_not_of_logits(model, matrix) for matrix, _, _ in found.values)
+    faults += [reason for reason in reasons if reason]
     _find_others(model, mapped, config, others, modules_to_save, found, faults)
     if not found.specs and not faults:
         faults.append("it holds no adapters")
@@ -120,6 +123,8 @@ def _named(mapped, names):
 def _find_factors(mapped, config, factors, found, faults):
     names, unknown = _named(mapped, factors)
     faults += [f"unexpected: {name}" for name in unknown]
+    if config.all_targeted:
+        faults += [f"missing: {name}" for name in _left_out(names.values(), mapped)]
     twice = {module for module in names.values() if list(names.values()).count(module) > 1}
     faults += [f"two adapters for one module: {module}" for module in sorted(twice)]
     matrices = {name: mapped.matrices_in(module) for name, module in names.items()}
@@ -135,6 +140,14 @@ def _find_factors(mapped, config, factors, found, faults):
             for matrix in matrices[name]:
                 fault = _add_matrix(mapped, config, name, matrix, tensors, found)
                 faults += [fault] if fault else []
+
+
+def _left_out(modules, mapped):
+    """Returns modules without an adapter that have one in another block of the model."""
+    known = {mapped.module_of(matrix.variable) for matrix in mapped.matrices} - {None}
+    numbered = {re.sub(r"\d+", "#", module) for module in modules if re.search(r"\d", module)}
+    left = sorted(known - set(modules))
+    return [module for module in left if re.sub(r"\d+", "#", module) in numbered]
 
 
 def _add_matrix(mapped, config, name, matrix, tensors, found):

@@ -10,7 +10,7 @@ from keras_loraplus.adapters.peft.config import config_text
 from keras_loraplus.adapters.peft.folder import factor_keys, write_folder
 from keras_loraplus.adapters.peft.heads import head_layers, head_value, head_variables
 from keras_loraplus.adapters.peft.mapping import fused, to_peft
-from keras_loraplus.adapters.peft.matrices import ModuleMap
+from keras_loraplus.adapters.peft.matrices import ModuleMap, why_not_of_logits
 from keras_loraplus.layers import is_adapted
 from keras_loraplus.messages import note
 from keras_loraplus.planning import layer_path
@@ -158,13 +158,10 @@ def _adapter_parts(model, mapped, adapted, faults):
     for matrix in mapped.matrices:
         if matrix.layer not in adapted:
             continue
-        if matrix.is_embedding and _compat.hub_ties_logits(model):
-            if getattr(matrix.layer, "tie_weights", False):
-                faults.append(
-                    f"{matrix.name}: its adapter acts in the logits too, which PEFT's does not; "
-                    "export the backbone alone, or leave the embedding out"
-                )
-                continue
+        reason = why_not_of_logits(model, matrix)
+        if reason:
+            faults.append(reason)
+            continue
         try:
             layout = mapped.layout(matrix)
         except ValueError as error:

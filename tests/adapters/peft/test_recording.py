@@ -55,3 +55,13 @@ def test_a_tied_embedding_of_a_language_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="acts in the logits too"):
         klp.export_peft(task, tmp_path / "out", str(tmp_path / "gemma"))
     assert not (tmp_path / "out").exists()
+    backbone = load_keras(tmp_path / "gemma")
+    klp.enable_lora_plus(backbone, rank=2, targets=["query", "token_embedding"])
+    klp.export_peft(backbone, tmp_path / "out", str(tmp_path / "gemma"))
+    other = keras_hub.models.GemmaCausalLM(
+        backbone=load_keras(tmp_path / "gemma"), preprocessor=None
+    )
+    before = values(other)
+    with pytest.raises(ValueError, match="acts in the logits too"):
+        klp.import_peft(other, tmp_path / "out")
+    assert_unchanged(other, before)
