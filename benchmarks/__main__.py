@@ -39,7 +39,7 @@ BOUNDS = [
     ("optimizer_step", "jax", "ours", "stock", "jax", 1.05),
     ("optimizer_step", "tensorflow", "ours", "stock", "tensorflow", 1.05),
 ]
-STEPS = {"bert_wide": 2, "dense_stack": 3, "optimizer_step": 20}
+STEPS = {"bert_wide": 3, "dense_stack": 9, "optimizer_step": 41}
 
 
 class Worker:

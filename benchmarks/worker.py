@@ -2,15 +2,19 @@
 
     python -m benchmarks.worker CASE
 
-Reads lines `ARM STEPS`, answers each with the seconds a step took. The first line it writes
-lists its arms and the seconds of each arm's first step, compilation included.
+Reads lines `ARM STEPS`, answers each with the median of the seconds that a step took, after one
+step that is not counted. The first line it writes lists its arms and the seconds of each arm's
+first step, compilation included.
 """
 
 import json
+import statistics
 import sys
 import time
 
 from benchmarks.cases import CASES
+
+SETTLE = 0.25
 
 
 def main(case):
@@ -25,10 +29,15 @@ def main(case):
     print(json.dumps({"first_step": first}), file=answers, flush=True)
     for line in sys.stdin:
         name, count = line.split()
-        start = time.perf_counter()
+        # Threads of the process that ran before may still be spinning for work.
+        time.sleep(SETTLE)
+        steps[name]()
+        seconds = []
         for _ in range(int(count)):
+            start = time.perf_counter()
             steps[name]()
-        print((time.perf_counter() - start) / int(count), file=answers, flush=True)
+            seconds.append(time.perf_counter() - start)
+        print(statistics.median(seconds), file=answers, flush=True)
 
 
 if __name__ == "__main__":

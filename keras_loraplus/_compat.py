@@ -322,6 +322,20 @@ def _matches(rule, path):
     return rule == path or re.fullmatch(rule, path) is not None
 
 
+def add_product(outputs, inner, b):
+    """Returns outputs (..., m) plus the product of inner (tokens, r) and B (r, m).
+
+    On torch (2.13.0) in one kernel: as two, writing and reading the product takes as long as
+    computing it.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.addmm(outputs.reshape(-1, b.shape[-1]), inner, b).reshape(outputs.shape)
+    product = keras.ops.matmul(inner, b)
+    return keras.ops.add(outputs, keras.ops.reshape(product, keras.ops.shape(outputs)))
+
+
 def build_shapes(layer):
     """Returns the shapes that the layer was built with, by argument name, or None.
 

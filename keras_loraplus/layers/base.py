@@ -236,7 +236,7 @@ class LowRankLayer(StoredLayer, _Mixed):
         """
         flat = ops.reshape(inputs, (-1, a.shape[0]))
         inner = ops.matmul(flat, _compat.with_fast_gradient(a))  # (tokens, r)
-        return ops.add(outputs, ops.reshape(ops.matmul(inner, b), ops.shape(outputs)))
+        return _compat.add_product(outputs, inner, b)
 
     def _frozen(self, kernel):
         """Returns the kernel without a gradient of its own.

@@ -308,6 +308,8 @@ class LoRAPlusMixin(StepMixin):
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
         known = self._trainable_variables_indices
+        if self._are_all(variables):
+            return
         if any(self._var_key(variable) not in known for variable in variables):
             self._refuse_other_variables(variables)
 

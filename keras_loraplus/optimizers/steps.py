@@ -1,6 +1,7 @@
 """The step of a LoRA+ optimizer: each variable at its own rate, in float32."""
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,22 @@ class StepMixin(_Optimizer):
     # A user's class with a `_backend_update_step` of its own: that is called once a multiplier.
     _scales_backend_step = False
 
+    def _are_all(self, variables: Sequence[Any]) -> bool:
+        """Whether these are the variables that the optimizer was built on, in their order.
+
+        The usual case, for which nothing has to be looked up variable by variable.
+        """
+        known = self._trainable_variables
+        return len(variables) == len(known) and all(map(operator.is_, variables, known))
+
     def _multipliers_of(self, variables: Sequence[Any]) -> list[float]:
         """Returns the variables' multipliers, by index.
 
         TensorFlow hands `update_step` a `tf.Variable`, which has no path.
         """
         multipliers = self._loraplus.multipliers
+        if self._are_all(variables):
+            return multipliers
         return [multipliers[self._get_variable_index(variable)] for variable in variables]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -142,7 +153,8 @@ class StepMixin(_Optimizer):
     # --- low-precision variables ---
 
     def _var_key(self, variable: Any) -> Any:
-        if isinstance(variable, _compat.Float32Copy):
+        # Asked for hundreds of times a step.
+        if type(variable) is _compat.Float32Copy:
             variable = variable.original
         return super()._var_key(variable)
 
