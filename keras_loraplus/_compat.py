@@ -325,10 +325,10 @@ def _matches(rule, path):
 def add_product(outputs, inner, b):
     """Returns outputs (..., m) plus the product of inner (tokens, r) and B (r, m).
 
-    On torch (2.13.0) in one kernel: as two, writing and reading the product takes as long as
-    computing it.
+    On torch (2.13.0) in one kernel, where dtypes are equal: as two, writing and reading the product
+    takes as long as computing it.
     """
-    if keras.backend.backend() == "torch":
+    if keras.backend.backend() == "torch" and outputs.dtype == inner.dtype == b.dtype:
         import torch
 
         return torch.addmm(outputs.reshape(-1, b.shape[-1]), inner, b).reshape(outputs.shape)
