@@ -3,6 +3,8 @@
 Keras is imported here with the backend that the worker's environment names.
 """
 
+import functools
+
 import keras
 import numpy as np
 
@@ -129,21 +131,30 @@ def dense_stack():
     rng = np.random.default_rng(SEED)
     x, y = (rng.normal(size=(32, 2048)).astype("float32") for _ in range(2))
 
-    def step(ours):
+    def ours(model):
+        klp.enable_lora_plus(model, rank=8, targets=".*dense.*")
+        return klp.LoRAPlusAdamW(1e-4)
+
+    def native(model):
+        for layer in model.layers:
+            layer.enable_lora(8)
+            layer.bias.trainable = False
+        return keras.optimizers.AdamW(1e-4)
+
+    def limit(model):
+        """No adapter: only the first bias trains, so all of it is run backward."""
+        for variable in model.weights:
+            variable.trainable = variable is model.layers[0].bias
+        return keras.optimizers.AdamW(1e-4)
+
+    def step(prepare):
         keras.utils.set_random_seed(SEED)
         layers = [keras.layers.Dense(2048, activation="relu") for _ in range(6)]
         model = keras.Sequential([keras.Input((2048,)), *layers])
-        if ours:
-            klp.enable_lora_plus(model, rank=8, targets=".*dense.*")
-            model.compile(klp.LoRAPlusAdamW(1e-4), "mse")
-        else:
-            for layer in layers:
-                layer.enable_lora(8)
-                layer.bias.trainable = False
-            model.compile(keras.optimizers.AdamW(1e-4), "mse")
+        model.compile(prepare(model), "mse")
         return lambda: model.train_on_batch(x, y)
 
-    return {"ours": lambda: step(True), "native": lambda: step(False)}
+    return {arm.__name__: functools.partial(step, arm) for arm in (ours, native, limit)}
 
 
 def optimizer_step():

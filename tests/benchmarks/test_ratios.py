@@ -1,9 +1,11 @@
 """The arithmetic of the benchmark's report; the arms themselves run in `make bench`."""
 
+import json
+
 import keras
 import pytest
 
-from benchmarks.__main__ import BOUNDS, as_markdown, ratios, spread
+from benchmarks.__main__ import BOUNDS, README, RESULTS, as_markdown, into_readme, ratios, spread
 from benchmarks.cases import CASES
 
 
@@ -27,11 +29,25 @@ def test_spread_is_the_interquartile_range_over_the_median():
 
 def test_a_bound_that_is_not_met_is_said():
     row = {"case": "c", "backend": "b", "reference": "r", "spread": 0.05, "bound": 1.0}
-    table = as_markdown({"ratios": [{**row, "ratio": 1.01}, {**row, "ratio": 1.0}]})
-    assert table.splitlines()[-2:] == [
-        "| c | b | r | 1.01 | 5 % | 1.00 (not met) |",
-        "| c | b | r | 1.00 | 5 % | 1.00 |",
+    rows = [{**row, "ratio": 1.01, "frozen": 0.97}, {**row, "ratio": 1.0, "frozen": None}]
+    assert as_markdown({"ratios": rows}).splitlines()[-2:] == [
+        "| c | b | r | 1.01 | 5 % | 0.97 | 1.00 (not met) |",
+        "| c | b | r | 1.00 | 5 % |  | 1.00 |",
     ]
+
+
+def test_the_frozen_models_ratio_stands_beside_ours():
+    arms = {"ours": [1.1] * 3, "native": [2.0] * 3, "limit": [1.0] * 3}
+    seconds = {("jax", arm): values for arm, values in arms.items()}
+    found = {row["reference"]: row["frozen"] for row in ratios("bert_wide", seconds)}
+    assert found == {"native (jax)": 0.5, "limit (jax)": None}
+
+
+def test_the_readmes_table_is_that_of_the_committed_results():
+    result = json.loads((RESULTS / "ratios.json").read_text())
+    assert into_readme(README.read_text(), result) == README.read_text()
+    assert as_markdown(result) in README.read_text()
+    assert (RESULTS / "ratios.md").read_text() == as_markdown(result)
 
 
 def test_the_arms_of_the_small_case_do_a_step(backend):
