@@ -260,13 +260,13 @@ def with_fast_gradient(a):
     product is faster as well. No value changes, and both can be differentiated in both modes, which
     a custom gradient could not. TensorFlow gets A as it is.
     """
-    transposed = keras.ops.transpose(a)
     if keras.backend.backend() == "jax":
         import jax
 
-        return keras.ops.transpose(jax.lax.optimization_barrier(transposed))
+        transposed = jax.lax.optimization_barrier(keras.ops.transpose(a))
+        return keras.ops.transpose(transposed)
     if keras.backend.backend() == "torch":
-        return keras.ops.transpose(transposed.contiguous())
+        return keras.ops.transpose(keras.ops.transpose(a).contiguous())
     return a
 
 
@@ -325,8 +325,8 @@ def _matches(rule, path):
 def add_product(outputs, inner, b):
     """Returns outputs (..., m) plus the product of inner (tokens, r) and B (r, m).
 
-    On torch (2.13.0) in one kernel, where dtypes are equal: as two, writing and reading the product
-    takes as long as computing it.
+    On torch (2.13.0) in one kernel, where dtypes are equal; the product alone takes longer, since
+    it is written and read again.
     """
     if keras.backend.backend() == "torch" and outputs.dtype == inner.dtype == b.dtype:
         import torch
@@ -659,7 +659,7 @@ def learning_rate_variable(optimizer):
 
     `Optimizer._learning_rate` (3.15.1): the public property reads a value.
     """
-    return getattr(_innermost(optimizer), "_learning_rate", None)
+    return getattr(innermost_optimizer(optimizer), "_learning_rate", None)
 
 
 def optimized_variables(optimizer):
@@ -667,10 +667,11 @@ def optimized_variables(optimizer):
 
     `Optimizer._trainable_variables` (3.15.1): the public `variables` are the optimizer's own.
     """
-    return list(_innermost(optimizer)._trainable_variables)
+    return list(innermost_optimizer(optimizer)._trainable_variables)
 
 
-def _innermost(optimizer):
+def innermost_optimizer(optimizer):
+    """Returns the optimizer inside of any number of `LossScaleOptimizer`s."""
     while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer

@@ -140,10 +140,8 @@ def _check_model(model):
 
 def _scope(model):
     """Returns a KerasHub task's backbone, any other model itself."""
-    hub = _compat.loaded("keras_hub")
-    if hub is not None and isinstance(model, hub.models.Task):
-        return model.backbone
-    return model
+    backbone = _compat.hub_backbone(model)
+    return model if backbone is None else backbone
 
 
 def _is_hub(model):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-import keras
+from keras_loraplus import _compat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,7 @@ def assignments(model: Any) -> Assignments:
             "Expected a compiled model. Received a model without an optimizer; call "
             "`model.compile(keras_loraplus.LoRAPlusAdamW(...), ...)` first."
         )
-    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
+    optimizer = _compat.innermost_optimizer(optimizer)
     if not hasattr(optimizer, "assignments"):
         raise ValueError(
             "Expected a model compiled with `keras_loraplus.LoRAPlusAdamW` or an optimizer made by "
