@@ -865,6 +865,44 @@ def hub_backbone_from(preset):
     return keras_hub.models.Backbone.from_preset(preset)
 
 
+def hub_task_around(backbone, name, classes):
+    """Builds a KerasHub task around a backbone, with a new head and no preprocessing (0.32.0).
+
+    Args:
+        backbone: A KerasHub backbone.
+        name: Name of a task class, of the backbone's own or of a general one (`TextClassifier`).
+        classes: Number of classes, for a task that has classes.
+
+    Raises:
+        ValueError: If there is no such task for the backbone.
+    """
+    import keras_hub
+
+    tasks: dict = {
+        key: value
+        for key, value in vars(keras_hub.models).items()
+        if isinstance(value, type)
+        and issubclass(value, keras_hub.models.Task)
+        and getattr(value, "backbone_cls", None) is type(backbone)
+    }
+    general = getattr(keras_hub.models, name, None)
+    # Some classes are exported under two names.
+    fitting = {
+        value
+        for value in tasks.values()
+        if isinstance(general, type) and issubclass(value, general)
+    }
+    if len(fitting) != 1:
+        raise ValueError(
+            f"--task: expected a KerasHub task for a {type(backbone).__name__}, one of "
+            f"{sorted(tasks)}. Received: {name!r}."
+        )
+    task = fitting.pop()
+    has_classes = "num_classes" in inspect.signature(task.__init__).parameters
+    arguments = {"num_classes": classes} if has_classes else {}
+    return task(backbone=backbone, preprocessor=None, **arguments)
+
+
 def hub_ties_logits(model):
     """Whether a KerasHub task computes logits with its backbone's token embedding (0.32.0)."""
     hub = loaded("keras_hub")

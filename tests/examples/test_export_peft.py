@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 from tolerances import HUB_AGAINST_TRANSFORMERS, assert_close, relative_error
 
 import finetune_text_classifier as demo
+from keras_loraplus.__main__ import main as command_line
 from text_classification import training
 from text_classification.downloads import MINILM, fetch
 
@@ -43,6 +45,18 @@ def test_transformers_gives_the_logits_of_the_demo(table, tmp_path):
         theirs = model(**fields).logits.numpy()
     assert relative_error(ours, plain) > 0.1
     assert_close(theirs, ours, HUB_AGAINST_TRANSFORMERS)
+
+    # The command line makes the same folder of the adapter file alone.
+    task = ["--task", "TextClassifier", "--head", "classifier=logits"]
+    names = ["--checkpoint", checkpoint, "--prefix", "bert.", "--task-type", "SEQ_CLS"]
+    converted = tmp_path / "converted"
+    source = str(tmp_path / "out" / "adapter.safetensors")
+    assert command_line(["convert", source, str(converted), *task, *names]) == 0
+    tensors, expected = (
+        load_file(folder / "adapter_model.safetensors") for folder in (converted, tmp_path / "peft")
+    )
+    assert set(tensors) == set(expected)
+    assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
 
 
 def test_what_cannot_be_exported_is_told_before_training(preset, table, tmp_path):
