@@ -109,8 +109,8 @@ CASES = {
             "image_size": 8,
             "patch_size": 4,
         },
-        MHA,
-        ("q_proj", "v_proj", "o_proj"),
+        (*MHA, "patch_embedding"),  # a convolution
+        ("q_proj", "v_proj", "o_proj", "projection"),
         "ForImageClassification",
         prefix="",
     ),

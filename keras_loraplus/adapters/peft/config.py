@@ -52,6 +52,8 @@ class PeftConfig:
         dropout: Rate of the adapter's dropout.
         fan_in_fan_out: Whether the adapted matrices are (inputs, outputs).
         modules_to_save: Names of modules that are saved whole.
+        bias: Which biases of the base model were trained: `"none"`, `"all"` or `"lora_only"`, those
+            of the modules that have adapters.
         base: Name or folder of the base model, or None.
         all_targeted: Whether every module of a targeted name has an adapter: names are listed, and
             no layers are chosen or left out.
@@ -65,6 +67,7 @@ class PeftConfig:
     dropout: float
     fan_in_fan_out: bool
     modules_to_save: tuple
+    bias: str
     base: str | None
     all_targeted: bool
 
@@ -126,6 +129,7 @@ def read_config(folder):
         dropout=fields.get("lora_dropout") or 0.0,
         fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        bias=fields.get("bias", "none"),
         base=fields.get("base_model_name_or_path"),
         all_targeted=_all_targeted(fields),
     )
@@ -147,8 +151,8 @@ def _faults(fields):
             f"init_lora_weights={init!r} changed the base model's weights or is unknown; "
             f"known are {list(_INITS)}"
         )
-    if fields.get("bias", "none") != "none":
-        faults.append(f"bias must be 'none', received {fields.get('bias')!r}")
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
+        faults.append(f"bias must be 'none', 'all' or 'lora_only', received {fields.get('bias')!r}")
     for name in ("r", "lora_alpha"):
         if not _positive(fields.get(name), whole=name == "r"):
             faults.append(f"{name} must be a positive number, received {fields.get(name)!r}")
@@ -189,7 +193,9 @@ def _positive(value, whole):
     return math.isfinite(value) and value > 0
 
 
-def config_text(*, base, task_type, modules, scales, dropout, rslora, transposed, saved, targets):
+def config_text(
+    *, base, task_type, modules, scales, dropout, rslora, transposed, saved, targets, biases
+):
     """Returns the text of an `adapter_config.json`.
 
     Args:
@@ -202,6 +208,7 @@ def config_text(*, base, task_type, modules, scales, dropout, rslora, transposed
         transposed: `fan_in_fan_out`.
         saved: `modules_to_save`.
         targets: `target_modules`.
+        biases: Whether the biases of the adapted modules are written.
     """
     alphas = {
         module: _plain(scales[module] * (math.sqrt(rank) if rslora else rank))
@@ -212,7 +219,7 @@ def config_text(*, base, task_type, modules, scales, dropout, rslora, transposed
         "alpha_pattern": {re.escape(m): a for m, a in alphas.items() if a != alpha},
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,

@@ -28,6 +28,16 @@ def write_folder(folder, tensors, config_text):
     write_atomically(path / "adapter_config.json", config_text.encode())
 
 
+def bias_key(module):
+    """Returns the key of the bias of a module that has an adapter, which wraps it."""
+    return f"{module}.base_layer.bias"
+
+
+def without_wrapper(key):
+    """Returns a key as it is in a model without adapters."""
+    return key.replace(".base_layer.", ".")
+
+
 def factor_keys(module, is_embedding):
     """Returns the keys of A and B of a module."""
     if is_embedding:

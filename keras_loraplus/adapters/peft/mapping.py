@@ -17,6 +17,7 @@ class Layout:
         fan_out: Number of outputs of the module.
         transposed: Whether the Hugging Face matrix is (inputs, outputs), as in `Conv1D` and
             `Embedding`, and not (outputs, inputs), as in `Linear`.
+        window: Sizes that the module's tensors have beyond inputs and outputs, a convolution's.
     """
 
     inputs: np.ndarray
@@ -24,6 +25,16 @@ class Layout:
     fan_in: int
     fan_out: int
     transposed: bool
+    window: tuple = ()
+
+    def a_shape(self, rank):
+        """Returns the shape of the module's `lora_A`: that of the weight with `rank` outputs."""
+        channels = self.fan_in // math.prod(self.window)
+        return (rank, channels, *self.window)
+
+    def b_shape(self, rank):
+        """Returns the shape of the module's `lora_B`, in a convolution one of a window of 1."""
+        return (self.fan_out, rank, *(1 for _ in self.window))
 
 
 def layout_of(index, contracted, free, hf_shape):
@@ -33,7 +44,8 @@ def layout_of(index, contracted, free, hf_shape):
         index: Integers of the kernel's shape, positions in the flattened Hugging Face matrix.
         contracted: Axes of the kernel that the layer's input contracts.
         free: The other axes.
-        hf_shape: Shape (rows, columns) of the Hugging Face matrix.
+        hf_shape: Shape (rows, columns) of the Hugging Face matrix, or (filters, channels, *window)
+            of a convolution's weight.
 
     Returns:
         A `Layout`.
@@ -47,14 +59,15 @@ def layout_of(index, contracted, free, hf_shape):
         >>> layout.inputs.tolist(), layout.outputs.tolist(), layout.transposed
         ([0, 1], [0, 1, 2], False)
     """
-    if len(hf_shape) != 2:
-        raise ValueError(f"it has {len(hf_shape)} axes in the checkpoint, where 2 are expected")
+    if len(hf_shape) < 2:
+        raise ValueError("it has one axis in the checkpoint, where at least 2 are expected")
+    window, inputs = tuple(hf_shape[2:]), math.prod(hf_shape[1:])
     sizes = [index.shape[axis] for axis in contracted]
     flat = np.transpose(index, (*contracted, *free)).reshape(math.prod(sizes), -1)
-    rows, columns = np.divmod(flat, hf_shape[1])
+    rows, columns = np.divmod(flat, inputs)
     if _one_each(rows, axis=1) and _one_each(columns, axis=0):
-        return Layout(columns[:, 0], rows[0], hf_shape[1], hf_shape[0], False)
-    if _one_each(rows, axis=0) and _one_each(columns, axis=1):
+        return Layout(columns[:, 0], rows[0], inputs, hf_shape[0], False, window)
+    if not window and _one_each(rows, axis=0) and _one_each(columns, axis=1):
         return Layout(rows[:, 0], columns[0], hf_shape[0], hf_shape[1], True)
     raise ValueError("its rows and columns mix inputs and outputs of the layer")
 
@@ -65,7 +78,7 @@ def _one_each(values, axis):
 
 
 def to_peft(layout, a, b):
-    """Returns `lora_A` (r, fan_in) and `lora_B` (fan_out, r) for A and B of a layer.
+    """Returns `lora_A` (r, fan_in) and `lora_B` (fan_out, r), flat, for A and B of a layer.
 
     Args:
         layout: The `Layout`.
@@ -81,7 +94,9 @@ def to_peft(layout, a, b):
 
 
 def from_peft(layout, lora_a, lora_b, a_shape, b_shape):
-    """Returns A and B of a layer for `lora_A` and `lora_B`; the inverse of `to_peft`."""
+    """Returns A and B of a layer for a module's `lora_A` and `lora_B`."""
+    lora_a = lora_a.reshape(lora_a.shape[0], -1)
+    lora_b = lora_b.reshape(lora_b.shape[0], -1)
     a = np.ascontiguousarray(lora_a[:, layout.inputs].T).reshape(a_shape)
     b = np.ascontiguousarray(lora_b[layout.outputs].T).reshape(b_shape)
     return a, b

@@ -14,6 +14,8 @@ from keras_loraplus.adapters.peft.recording import record
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.planning import layer_path
 
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
@@ -54,7 +56,7 @@ class Matrix:
 
 
 def matrices_of(root):
-    """Returns the `Matrix` of every dense, einsum and embedding matrix below a layer."""
+    """Returns the `Matrix` of everything below a layer that an adapter may stand beside."""
     found: dict = {}
     for layer in _compat.flatten_layers(root):
         for matrix in _of_layer(layer):
@@ -83,6 +85,10 @@ def _of_layer(layer):
         yield Matrix(layer, layer._kernel, *kernel, contracted, free, False)
     elif isinstance(layer, keras.layers.Dense):
         yield Matrix(layer, layer._kernel, *kernel, (0,), (1,), False)
+    elif isinstance(layer, CONVOLUTIONS):
+        *contracted, free = range(len(layer._kernel.shape))
+        whole = tuple(contracted) if layer.groups == 1 else None
+        yield Matrix(layer, layer._kernel, *kernel, whole, (free,), False)
     elif isinstance(layer, keras.layers.Embedding):
         yield Matrix(layer, layer._embeddings, *table, (0,), (1,), True)
         if isinstance(layer, keras.layers.ReversibleEmbedding) and not layer.tie_weights:
@@ -147,7 +153,7 @@ class ModuleMap:
             raise ValueError(f"{matrix.name}: KerasHub's converter names no tensor for it")
         reason = source.fault
         if matrix.contracted is None:
-            reason = "its kernel is split by expert or head, which no LoRA module there is"
+            reason = "its kernel is split by expert, head or group, which no LoRA module there is"
         if reason is None:
             reason = self._overlap(source)
         if reason is None:

@@ -10,7 +10,7 @@ from keras import ops
 from keras_loraplus import _compat
 from keras_loraplus.adapters.peft.checkpoint import read_checkpoint
 from keras_loraplus.adapters.peft.config import read_config
-from keras_loraplus.adapters.peft.folder import read_folder
+from keras_loraplus.adapters.peft.folder import read_folder, without_wrapper
 from keras_loraplus.adapters.peft.heads import head_layers, head_variables
 from keras_loraplus.adapters.peft.mapping import from_peft
 from keras_loraplus.adapters.peft.matrices import ModuleMap, why_not_of_logits
@@ -28,8 +28,10 @@ def import_peft(model, folder, *, checkpoint=None, modules_to_save=None):
     dropout, and everything else that the folder does not hold is frozen. One with adapters must
     have the same. Strict: what is missing, unexpected, mis-shaped or not finite is listed in one
     error, and nothing has been changed. A module there that is several layers here (GPT-2's
-    `c_attn`) gives each of them an adapter of its rank. Fields of the configuration that this
-    library does not know are ignored where they are None, False or empty, and refused otherwise.
+    `c_attn`) gives each of them an adapter of its rank. Biases that were trained with
+    `bias="lora_only"` or `"all"` are loaded, and trainable here. Fields of the configuration that
+    this library does not know are ignored where they are None, False or empty, and refused
+    otherwise.
 
     Args:
         model: A KerasHub backbone or task that holds the base weights of the adapter.
@@ -58,6 +60,7 @@ def import_peft(model, folder, *, checkpoint=None, modules_to_save=None):
     backbone = backbone_of(model)
     config = read_config(folder)
     factors, others = read_folder(folder)
+    others = {without_wrapper(key): value for key, value in others.items()}
     mapped = ModuleMap(backbone, read_checkpoint(checkpoint_folder(checkpoint, config.base)))
     faults: list = []
     found = _Found(specs={}, values=[], kept=[])
@@ -157,14 +160,15 @@ def _add_matrix(mapped, config, name, matrix, tensors, found):
     except ValueError as error:
         return str(error)
     rank, a, b = config.rank_of(name), tensors["a"], tensors["b"]
-    expected = (rank, layout.fan_in), (layout.fan_out, rank)
+    expected = layout.a_shape(rank), layout.b_shape(rank)
     if (a.shape, b.shape) != expected:
         return (
             f"shape: {name} has {a.shape} and {b.shape}, expected {expected[0]} and {expected[1]}"
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return f"not finite: {name}"
-    if not matrix.is_embedding and layout.transposed != config.fan_in_fan_out:
+    oriented = not matrix.is_embedding and not layout.window
+    if oriented and layout.transposed != config.fan_in_fan_out:
         return f"fan_in_fan_out: {name} needs {layout.transposed}, received {config.fan_in_fan_out}"
     # A random and B zero is what PEFT begins with.
     spec = AdapterSpec(rank, config.alpha_of(name), "lora", config.scaling, config.dropout)
@@ -206,6 +210,11 @@ def _find_others(model, mapped, config, others, modules_to_save, found, faults):
         whole = {key.rpartition(".")[0] for key in others}
         if not any(name == module or name.endswith(f".{module}") for name in whole):
             faults.append(f"missing: {module}, which modules_to_save lists")
+    if config.bias != "none":
+        adapted = {mapped.module_of(matrix.variable) for matrix, _, _ in found.values}
+        expected = {f"{module}.bias" for module in adapted} & set(mapped.checkpoint.shapes)
+        lacking = sorted(expected - set(names.values()))
+        faults += [f"missing: {key}, with bias={config.bias!r}" for key in lacking]
 
 
 def _keep(name, variable, value, found):

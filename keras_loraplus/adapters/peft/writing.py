@@ -7,7 +7,7 @@ from keras import ops
 from keras_loraplus import _compat
 from keras_loraplus.adapters.peft.checkpoint import read_checkpoint
 from keras_loraplus.adapters.peft.config import config_text
-from keras_loraplus.adapters.peft.folder import factor_keys, write_folder
+from keras_loraplus.adapters.peft.folder import bias_key, factor_keys, write_folder
 from keras_loraplus.adapters.peft.heads import head_layers, head_value, head_variables
 from keras_loraplus.adapters.peft.mapping import fused, to_peft
 from keras_loraplus.adapters.peft.matrices import ModuleMap, why_not_of_logits
@@ -35,7 +35,8 @@ def export_peft(
     architecture works whose tensors it permutes and reshapes. Several layers here that are one
     module there (GPT-2's `c_attn`) become one adapter of the sum of their ranks, exactly.
 
-    Other trained variables of the backbone (norms) are written whole, as PEFT's `modules_to_save`.
+    Other trained variables of the backbone (norms) are written whole, as PEFT's `modules_to_save`;
+    if a bias of an adapted layer was trained, the biases of all of them are (`bias="lora_only"`).
     A task's head has no Hugging Face name that KerasHub knows: name it in `modules_to_save`, or
     pass `include_trainable=False` to leave it out.
 
@@ -174,7 +175,7 @@ def _adapter_parts(model, mapped, adapted, faults):
         layout.transposed
         for entries in parts.values()
         for matrix, layout, *_ in entries
-        if not matrix.is_embedding
+        if not matrix.is_embedding and not layout.window
     }
     if len(flags) > 1:
         faults.append("PEFT has one `fan_in_fan_out` for all modules, and these need both")
@@ -184,7 +185,7 @@ def _adapter_parts(model, mapped, adapted, faults):
 def _saved_tensors(mapped, trained, heads, parts, faults):
     """Returns {checkpoint's key: value} of everything else that is written."""
     named = {id(variable) for variable, _ in head_variables(heads).values()}
-    modules = set()
+    modules, biases = set(), False
     for variable in trained:
         module = mapped.module_of(variable)
         if id(variable) in named:
@@ -196,13 +197,17 @@ def _saved_tensors(mapped, trained, heads, parts, faults):
                 "include_trainable=False"
             )
         elif module in parts:
-            faults.append(
-                f"{variable.path} was trained in a module that has an adapter, which PEFT cannot "
-                "say; pass include_trainable=False to leave it out"
-            )
+            biases = True
+            if mapped.sources[id(variable)].key != f"{module}.bias":
+                faults.append(
+                    f"{variable.path} was trained in a module that has an adapter, where PEFT "
+                    "saves a bias only; pass include_trainable=False to leave it out"
+                )
         else:
             modules.add(module)
     keys = [key for key in mapped.checkpoint.shapes if key.rpartition(".")[0] in modules]
+    if biases:
+        keys += [f"{m}.bias" for m in parts if f"{m}.bias" in mapped.checkpoint.shapes]
     mapped.learn([s.variable for s in mapped.sources.values() if s.key in keys])
     saved = {}
     for key in keys:
@@ -227,10 +232,16 @@ def _write(folder, base, mapped, adapted, parts, saved, heads, prefix, task_type
         joined = fused([(a, b, m.layer.adapter.scale) for m, _, a, b in entries])
         name = renamed(module)
         keys = factor_keys(name, matrix.is_embedding)
-        tensors.update(zip(keys, joined[:2], strict=True))
-        ranks[name], scales[name] = joined[0].shape[0], joined[2]
+        rank = joined[0].shape[0]
+        shapes = layout.a_shape(rank), layout.b_shape(rank)
+        values = (value.reshape(shape) for value, shape in zip(joined[:2], shapes, strict=True))
+        tensors.update(zip(keys, values, strict=True))
+        ranks[name], scales[name] = rank, joined[2]
         transposed = transposed or (layout.transposed and not matrix.is_embedding)
-    tensors.update({renamed(key): value for key, value in saved.items()})
+    biases = {f"{module}.bias" for module in parts} & set(saved)
+    whole = set(saved) - biases
+    tensors.update({renamed(key): saved[key] for key in whole})
+    tensors.update({bias_key(renamed(key.removesuffix(".bias"))): saved[key] for key in biases})
     tensors.update({key: head_value(*variable) for key, variable in head_variables(heads).items()})
     others = {key.rpartition(".")[0] for key in mapped.checkpoint.shapes} - set(parts)
     specs = [layer.adapter for layer in adapted]
@@ -242,7 +253,8 @@ def _write(folder, base, mapped, adapted, parts, saved, heads, prefix, task_type
         dropout=max(spec.dropout for spec in specs),
         rslora=all(spec.scaling == "rslora" for spec in specs),
         transposed=transposed,
-        saved={renamed(key.rpartition(".")[0]) for key in saved} | set(heads),
+        saved={renamed(key.rpartition(".")[0]) for key in whole} | set(heads),
+        biases=bool(biases),
         targets=_targets(set(ranks), {renamed(module) for module in others}),
     )
     write_folder(folder, tensors, text)

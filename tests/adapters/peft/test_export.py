@@ -96,6 +96,31 @@ def test_patterns_embeddings_room_and_norms(bert, tmp_path):
     assert len(again.trainable_variables) == len(backbone.trainable_variables)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_trained_biases_of_adapted_layers(request, name, tmp_path):
+    """As PEFT's own: of all adapted modules, GPT-2's fused one included."""
+    folder, case = request.getfixturevalue(name), CASES[name]
+    backbone = load_keras(folder)
+    klp.enable_lora_plus(
+        backbone, rank=2, targets=["query", "value"], trainable=[".*layer_0.*query/bias"]
+    )
+    randomize_factors(backbone)
+    biases = [v for v in backbone.trainable_variables if v.name == "bias"]
+    assert len(biases) == 1
+    without = keras_output(case, backbone, inputs(case))
+    randomize(biases, seed=9)
+    ours = keras_output(case, backbone, inputs(case))
+    assert relative_error(ours, without) > 1e-2
+    klp.export_peft(backbone, tmp_path, str(folder))
+    config, tensors = read(tmp_path)
+    assert config["bias"] == "lora_only"
+    modules = {"bert": 4, "gpt2": 2}[name]
+    assert sum(key.endswith(".base_layer.bias") for key in tensors) == modules
+    assert_close(in_transformers(folder, tmp_path, case), ours, HUB_AGAINST_TRANSFORMERS)
+    again = klp.import_peft(load_keras(folder), tmp_path)
+    assert_close(keras_output(case, again, inputs(case)), ours, 10 * FLOAT32)
+
+
 def test_layers_of_one_module_with_different_scales_are_joined(gpt2, tmp_path):
     case = CASES["gpt2"]
     backbone = load_keras(gpt2)
@@ -142,11 +167,9 @@ def test_refusals_write_nothing(bert, tmp_path):
     backbone = load_keras(bert)
     with pytest.raises(ValueError, match="no LoRA"):
         klp.export_peft(backbone, tmp_path / "out", str(bert))
-    klp.enable_lora_plus(backbone, rank=2, targets=["query"], trainable=[".*layer_0.*query/bias"])
+    klp.enable_lora_plus(backbone, rank=2, targets=["query"])
     with pytest.raises(ValueError, match="checkpoint='FOLDER'"):
         klp.export_peft(backbone, tmp_path / "out", "some/model")
-    with pytest.raises(ValueError, match="query/bias was trained in a module that has an adapter"):
-        klp.export_peft(backbone, tmp_path / "out", str(bert))
     with pytest.raises(ValueError, match="KerasHub backbones and tasks"):
         klp.export_peft(keras.Sequential([keras.layers.Dense(2)]), tmp_path / "out", str(bert))
     assert not (tmp_path / "out").exists()

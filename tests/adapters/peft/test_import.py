@@ -79,7 +79,8 @@ def test_unknown_neutral_fields_are_ignored(bert, exported, value):
         {"init_lora_weights": "olora"},
         {"init_lora_weights": "loftq"},
         {"init_lora_weights": "corda"},
-        {"bias": "lora_only"},
+        {"bias": "lora_only"},  # which the folder does not hold
+        {"bias": "boft_only"},
         {"peft_type": "IA3"},
         {"r": 0},
         {"lora_alpha": "much"},
@@ -170,6 +171,29 @@ def test_settings_of_peft_itself(bert, tmp_path):
     assert attention[0].value_dense.adapter.dropout == 0.25
     trained = {variable.path for variable in backbone.trainable_variables}
     assert {"pooled_dense/kernel", "embeddings_layer_norm/gamma"} <= trained
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_peft(bert, tmp_path, bias):
+    wrapped = random_peft(load_transformers(CASE, bert), CASE, bias=bias)
+    trained = {
+        name: parameter
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad and name.endswith("bias")
+    }
+    for parameter in trained.values():
+        parameter.data += 0.3
+    wrapped.save_pretrained(tmp_path)
+    backbone = load_keras(bert)
+    klp.import_peft(backbone, tmp_path, checkpoint=bert)
+    expected = transformers_output(CASE, wrapped, inputs(CASE))
+    assert_close(keras_output(CASE, backbone, inputs(CASE)), expected, HUB_AGAINST_TRANSFORMERS)
+    kept = [v for v in backbone.trainable_variables if v.name in ("bias", "beta")]
+    assert len(kept) == len(trained)
+    for parameter in trained.values():
+        parameter.data -= 0.3
+    without = transformers_output(CASE, wrapped, inputs(CASE))
+    assert relative_error(without, expected) > 1e-2
 
 
 def test_there_and_back_is_exact(gpt2, tmp_path):
