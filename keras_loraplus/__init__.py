@@ -13,6 +13,7 @@ from keras_loraplus.named import (
 )
 from keras_loraplus.optimizers import LoRAPlusAdamW, assignments, loraplus
 from keras_loraplus.report import Report
+from keras_loraplus.requantizing import requantization_errors
 from keras_loraplus.switching import adapters_disabled
 from keras_loraplus.version import __version__
 
@@ -37,6 +38,7 @@ __all__ = [
     "loraplus",
     "merge_lora_plus",
     "optimizers",
+    "requantization_errors",
     "save_adapter",
     "set_adapter",
 ]

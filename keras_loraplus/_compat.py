@@ -4,12 +4,12 @@ Every use says why the public API does not do, and the Keras version it was chec
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import inspect
 import re
 import sys
 import types
+import weakref
 
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
@@ -60,17 +60,35 @@ def path_scope(layer):
     return keras.name_scope(layer.name, caller=layer, override_parent=parent)
 
 
-@dataclasses.dataclass(frozen=True)
 class TrackedState:
     """The trainable flags of one layer and of its own variables, with their order.
 
     An object of its own, because Keras walks tuples and lists among a layer's attributes when it
-    saves.
+    saves. Variables that the layer loses, as a float kernel when it is quantized, are not kept
+    alive and no longer counted.
     """
 
-    flag: bool
-    trainable: tuple
-    frozen: tuple
+    def __init__(self, flag, trainable, frozen):
+        self.flag = flag
+        self._trainable, self._frozen = (
+            tuple((weakref.ref(variable), variable.trainable) for variable in variables)
+            for variables in (trainable, frozen)
+        )
+
+    @property
+    def trainable(self):
+        """Pairs (variable, flag) of what trained."""
+        return _alive(self._trainable)
+
+    @property
+    def frozen(self):
+        """Pairs (variable, flag) of what did not."""
+        return _alive(self._frozen)
+
+
+def _alive(pairs):
+    found = ((reference(), flag) for reference, flag in pairs)
+    return tuple((variable, flag) for variable, flag in found if variable is not None)
 
 
 def tracked_state(layer):
@@ -78,19 +96,26 @@ def tracked_state(layer):
 
     `Layer._trainable_variables` and `_non_trainable_variables` (3.15.1): see `own_variables`.
     """
-    trainable, frozen = layer._trainable_variables, layer._non_trainable_variables
     return TrackedState(
-        layer._trainable,
-        tuple((variable, variable.trainable) for variable in trainable),
-        tuple((variable, variable.trainable) for variable in frozen),
+        layer._trainable, layer._trainable_variables, layer._non_trainable_variables
     )
 
 
 def restore_tracked_state(layer, state):
-    """Puts the layer's own flag, its two variable lists and their flags back."""
+    """Puts the layer's own flag, its two variable lists and their flags back.
+
+    What the layer has lost stays lost; what it has gained, as the scales of a quantized kernel, is
+    as it is, at the end of the frozen ones.
+    """
+    own = own_variables(layer)
+    trainable, frozen = (
+        [(variable, flag) for variable, flag in members if any(variable is v for v in own)]
+        for members in (state.trainable, state.frozen)
+    )
+    known = {id(variable) for variable, _ in (*trainable, *frozen)}
+    frozen += [(variable, variable.trainable) for variable in own if id(variable) not in known]
     layer._trainable = state.flag
-    stores = {"trainable_variables": state.trainable, "non_trainable_variables": state.frozen}
-    for store, members in stores.items():
+    for store, members in (("trainable_variables", trainable), ("non_trainable_variables", frozen)):
         variables = [variable for variable, _ in members]
         layer._tracker.config[store][1][:] = variables
         layer._tracker.stored_ids[store] = {id(variable) for variable in variables}

@@ -8,9 +8,11 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import adopt, is_adapted, release
+from keras_loraplus.layers.requantize import release_as_float, requantized
 from keras_loraplus.planning import layer_path, make_plan
 from keras_loraplus.registry import forget_adapters, waiting_adapters
 from keras_loraplus.report import AdaptedLayer, Report, count_parameters
+from keras_loraplus.requantizing import check_requantizable, say_errors
 
 _BEFORE = "_before_lora_plus"
 _TARGETS = "_lora_plus_targets"
@@ -218,10 +220,14 @@ def _report(plan, model):
     )
 
 
-def merge_lora_plus(model):
+def merge_lora_plus(model, dequantize=False):
     """Merges every adapter into its kernel and leaves a plain Keras model, in place.
 
         W <- W + s A B    (in float32, cast to the kernel's dtype)
+
+    A quantized kernel is quantized again, in its own mode; a line says what the rounding costs, and
+    `requantization_errors` beforehand. With `dequantize=True` adapted layers become float instead,
+    exactly; the matrices are new variables then, so an outer model has to be compiled again.
 
     Final: the layers are of their original classes, A and B are gone, and every trainable flag is
     that from before enabling. Outputs stay the same, also those of an outer model that has
@@ -230,13 +236,15 @@ def merge_lora_plus(model):
 
     Args:
         model: A model with adapters, or any part of one.
+        dequantize: Whether quantized layers that have adapters become float layers.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: If the model has no adapters, they are disabled, it has named adapters beside
-            the active one, or a merged kernel would hold NaN or infinity; the model is unchanged.
+            the active one, a kernel cannot be quantized again (GPTQ, AWQ), or a merged kernel would
+            hold NaN or infinity; the model is unchanged.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -263,11 +271,20 @@ def merge_lora_plus(model):
             "(`keras_loraplus.delete_adapter(model, name)`) first."
         )
     for layer in adapted:
-        _check_merge(layer)
+        _check_merge(layer, dequantize)
+    errors: list = []
     for layer in adapted:
-        for name, value in layer.merged_values().items():
+        values = layer.merged_values()
+        if layer.quantization_mode is not None:
+            if dequantize:
+                release_as_float(layer, values, lambda layer: _restore_flags([layer]))
+                continue
+            values, own = requantized(layer, values)
+            errors += own
+        for name, value in values.items():
             getattr(layer, name).assign(value)
         release(layer)
+    say_errors(model, errors)
     forget_adapters(adapted)
     _restore_flags(layers)
     if hasattr(model, "predict_function"):
@@ -275,12 +292,14 @@ def merge_lora_plus(model):
     return model
 
 
-def _check_merge(layer):
+def _check_merge(layer, dequantize):
     if float(ops.convert_to_numpy(layer.lora_scaling)) == 0.0:
         raise ValueError(
             f"The adapter of layer '{layer_path(layer)}' is disabled, so that merging would change "
             "the outputs. Nothing was merged. Merge after the `adapters_disabled` block."
         )
+    if layer.quantization_mode is not None and not dequantize:
+        check_requantizable(layer)
     for name, value in layer.merged_values().items():
         if not bool(ops.all(ops.isfinite(ops.cast(value, "float32")))):
             parts = {

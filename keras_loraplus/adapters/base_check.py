@@ -103,7 +103,7 @@ def _matrices_by_shape(model):
 
 def _frozen_matrices(model):
     return {
-        f"{path}/{name.lstrip('_')}" if path else name.lstrip("_"): getattr(layer, name)
+        f"{path}/{name.lstrip('_')}" if path else name.lstrip("_"): layer.frozen_matrix(name)
         for path, layer in layers_by_path(model).items()
         if is_adapted(layer)
         for name in layer.merged_names()

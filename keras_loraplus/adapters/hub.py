@@ -16,6 +16,7 @@ from keras_loraplus.layers import (
     lora_class_for,
     why_not_adoptable,
 )
+from keras_loraplus.layers.quantized import matrix_shape
 from keras_loraplus.messages import note
 from keras_loraplus.planning import Adaptation, Plan, layer_path
 
@@ -126,7 +127,7 @@ def _converted(backbone, rank, pairs):
 def _why_not_of(layer, rank, a, b):
     if issubclass(lora_class_for(type(layer)), LoRAPlusEmbedding):
         return "KerasHub saves no adapters of embeddings"
-    shape = tuple(layer._kernel.shape)
+    shape = matrix_shape(layer, "_kernel")
     expected = (*shape[:-1], rank), (rank, shape[-1])
     if (a.shape, b.shape) != expected:
         return f"its factors have shapes {a.shape} and {b.shape} in the file, expected {expected}"

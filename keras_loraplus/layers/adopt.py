@@ -297,7 +297,8 @@ def release(layer):
         for name in (*factors, "lora_scaling", "lora_seed_generator")
         if hasattr(layer, name)
     ]
-    frozen = layer._kernels()
+    # A quantized kernel never trains; torch would refuse integers that do.
+    frozen = [] if layer.quantization_mode is not None else layer._kernels()
     names = layer.frozen_names()
     frozen += [variable for variable in _compat.own_variables(layer) if variable.name in names]
     before = layer.__dict__.pop("_before_adoption", None)
@@ -310,5 +311,11 @@ def release(layer):
         # Loaded or made with its adapter: there was no time before it.
         _compat.thaw_variables(layer, frozen)
     _compat.refresh_class_bindings(layer)
-    _RETIRED[layer] = retired
+    _RETIRED.pop(layer, None)
+    retire(layer, retired)
     return layer
+
+
+def retire(layer, variables):
+    """Keeps variables that the layer has lost alive as long as the layer is."""
+    _RETIRED.setdefault(layer, []).extend(variables)

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_loraplus import _compat
+from keras_loraplus.layers import quantized
 from keras_loraplus.layers.spec import AdapterSpec
 from keras_loraplus.layers.storage import StoredLayer
 
@@ -91,7 +92,7 @@ class LowRankLayer(StoredLayer, _Mixed):
         for factor in factors:
             # autocast=False: A and B are read in float32 under every policy and cast once, after
             # the scale has been applied.
-            with _compat.laid_out_as(getattr(self, factor.kernel), factor.kernel_axes):
+            with _compat.laid_out_as(*self._layout_of(factor)):
                 variable = self.add_weight(
                     name=factor.name,
                     shape=factor.shape_at(spec.width),
@@ -101,8 +102,18 @@ class LowRankLayer(StoredLayer, _Mixed):
                 )
             setattr(self, factor.name, variable)
 
+    def _layout_of(self, factor):
+        kernel, axes = quantized.stored(self, factor.kernel), factor.kernel_axes
+        if self.quantization_mode not in (None, "int8"):
+            # What is packed has other axes than the matrix.
+            axes = (None,) * len(axes)
+        return kernel, axes
+
     def _kernels(self):
-        return [getattr(self, pair.kernel) for pair in self._factors()]
+        return [self.frozen_matrix(pair.kernel) for pair in self._factors()]
+
+    def _matrix_shape(self, name):
+        return quantized.matrix_shape(self, name)
 
     def frozen_names(self):
         """Returns the names of what is frozen for good beside the kernel, for example the bias.
@@ -113,12 +124,8 @@ class LowRankLayer(StoredLayer, _Mixed):
         if before is None:
             return self.__dict__.get("_frozen_names", ())
         kernels = {id(variable) for variable in self._kernels()}
-        still_trains = {id(variable) for variable in self._trainable_variables}
-        return tuple(
-            variable.name
-            for variable, _ in before.trainable
-            if id(variable) not in kernels | still_trains
-        )
+        frozen = {id(variable) for variable in self._non_trainable_variables} - kernels
+        return tuple(variable.name for variable, _ in before.trainable if id(variable) in frozen)
 
     def _warn_of_rank(self, fan_in, fan_out):
         """Warns of a rank that makes A and B larger than any product of theirs needs."""
@@ -163,10 +170,10 @@ class LowRankLayer(StoredLayer, _Mixed):
         """
         if getattr(layer, "kernel_constraint", None) is not None:
             return "its kernel_constraint would hold for W alone, not for W + s A B"
-        if layer.quantization_mode is not None:
-            return f"it is quantized to {layer.quantization_mode}"
         if getattr(layer, "lora_enabled", False):
             return "Keras's own LoRA is enabled on it"
+        if layer.quantization_mode is not None:
+            return quantized.why_not_adaptable(layer)
         return None
 
     @classmethod
@@ -283,14 +290,14 @@ class LowRankLayer(StoredLayer, _Mixed):
     def merged_values(self):
         """Returns `W + s A B` for every frozen matrix of the layer.
 
-        The sum is formed in float32 and cast to the matrix's own dtype.
+        The sum is formed in float32 and cast to the matrix's own dtype; that of a quantized matrix
+        stays float32.
 
         Returns:
             Dict from the attribute name of the frozen variable to its merged value.
         """
         merged = {}
         for pair in self._factors():
-            kernel = getattr(self, pair.kernel)
             delta = ops.multiply(
                 pair.product(
                     ops.convert_to_tensor(getattr(self, pair.a)),
@@ -298,13 +305,19 @@ class LowRankLayer(StoredLayer, _Mixed):
                 ),
                 self.adapter.scale,
             )
-            total = ops.add(ops.cast(kernel, "float32"), delta)
-            merged[pair.kernel] = ops.cast(total, kernel.dtype)
+            total = ops.add(quantized.dequantized(self, pair.kernel), delta)
+            if self.quantization_mode is None:
+                total = ops.cast(total, getattr(self, pair.kernel).dtype)
+            merged[pair.kernel] = total
         return merged
 
     def merged_names(self):
         """Returns the attribute names of the frozen variables that adapters stand beside."""
         return [pair.kernel for pair in self._factors()]
+
+    def frozen_matrix(self, name):
+        """Returns the variable of one of `merged_names`, packed if it is quantized."""
+        return quantized.stored(self, name)
 
     def adapter_variables(self):
         """Returns the names and variables of A and B, in the order A, B."""
@@ -322,17 +335,30 @@ class LowRankLayer(StoredLayer, _Mixed):
             "`keras_loraplus.merge_lora_plus(model)`."
         )
 
-    def quantize(self, *args, **kwargs):
-        """Refuses to quantize a layer that has an adapter.
+    def quantized_call(self, *args, **kwargs):
+        """Computes what `call` does: Keras comes in here where the kernel is quantized."""
+        return self.call(*args, **kwargs)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Quantizes the frozen side; A and B stay float32 and are trained on.
+
+        Args:
+            mode: `"int8"` or `"int4"`.
+            type_check: Keras's own argument; a layer that has an adapter is quantized either way.
+            config: A `keras.quantizers.QuantizationConfig`, or None.
 
         Raises:
-            NotImplementedError: Always; `Model.quantize` reports it as a warning and leaves the
-                layer in floating point.
+            NotImplementedError: If the mode or the layer's class does not allow it; the layer is
+                unchanged. `Model.quantize` reports it as a warning and goes on.
         """
-        raise NotImplementedError(
-            f"Layer '{self.name}' has a LoRA+ adapter and is not quantized. Merge first: "
-            "`keras_loraplus.merge_lora_plus(model)`, then quantize."
-        )
+        del type_check
+        reason = quantized.why_not_quantizable(self, mode)
+        if reason:
+            raise NotImplementedError(
+                f"Layer '{self.path or self.name}' has a LoRA+ adapter and is not quantized to "
+                f"{mode}: {reason}."
+            )
+        super().quantize(mode, type_check=False, config=config)
 
     def get_config(self):
         """Returns the Keras layer's config and the adapter's settings."""

@@ -19,7 +19,7 @@ class LowRankConv(LowRankLayer):
     """
 
     def _plan_factors(self, spec):
-        *window, channels, filters = self._kernel.shape
+        *window, channels, filters = self._matrix_shape("_kernel")
         fan_in = channels
         for size in window:
             fan_in *= size

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import factor_initializers
@@ -59,7 +60,7 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
     plain_class = keras.layers.Dense
 
     def _plan_factors(self, spec):
-        fan_in, units = self._kernel.shape
+        fan_in, units = self._matrix_shape("_kernel")
         a_init, b_init = factor_initializers(spec.init, fan_in, spec.rank)
         return [
             Factor("lora_kernel_a", (fan_in, spec.rank), a_init, fan_in, (0, None)),
@@ -73,7 +74,10 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
         """Returns `activation(x W + s (x A) B + bias)`."""
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
         adapter_inputs = self._dropped(inputs, training)
-        outputs = ops.matmul(inputs, self._frozen(self.kernel))  # (..., m)
+        if self.quantization_mode is None:
+            outputs = ops.matmul(inputs, self._frozen(self.kernel))  # (..., m)
+        else:
+            outputs = quantized.product(self, inputs)
         outputs = self._plus_product(outputs, adapter_inputs, a, b)
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)

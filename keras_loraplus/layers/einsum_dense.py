@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.layers.factors import Factor, Factors
@@ -58,7 +59,7 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
 
     def _plan_factors(self, spec):
         split, axes = split_einsum(self.equation), kernel_axes(self.equation)
-        shape = self._kernel.shape
+        shape = self._matrix_shape("_kernel")
         a_shape, b_shape = split.shapes(axes, shape, spec.rank)
         fan_in = split.fan_in(axes, shape)
         fan_out = split.fan_out(axes, shape)
@@ -90,7 +91,10 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         split = split_einsum(self.equation)
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
         adapter_inputs = self._dropped(inputs, training)
-        outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
+        if self.quantization_mode is None:
+            outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
+        else:
+            outputs = quantized.product(self, inputs)
         if split.is_matmul:
             a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
             outputs = self._plus_product(outputs, adapter_inputs, a, b)

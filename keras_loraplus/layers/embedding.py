@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_loraplus import _compat
+from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.spec import embedding_initializers, factor_initializers
@@ -98,12 +99,18 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
         # s is on A: what a gather reads directly gets a sparse gradient on TensorFlow, of which
         # Keras squares repeated rows one by one (3.15.1), so that Adam's second moment is wrong.
         b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
-        rows = ops.cast(ops.take(self._frozen(self.embeddings), inputs, axis=0), self.compute_dtype)
+        rows = self._frozen_rows(inputs)
         inner = ops.take(a, inputs, axis=0)  # (..., r)
         if self.adapter.dropout:
             one_draw_per_token = (None,) * (len(inner.shape) - 1) + (1,)
             inner = self._dropped(inner, training, noise_shape=one_draw_per_token)
         return ops.add(rows, ops.matmul(inner, b))
+
+    def _frozen_rows(self, tokens):
+        if self.quantization_mode is None:
+            taken = ops.take(self._frozen(self.embeddings), tokens, axis=0)
+            return ops.cast(taken, self.compute_dtype)
+        return quantized.rows(self, tokens)
 
 
 @keras.saving.register_keras_serializable("keras_loraplus")
@@ -190,18 +197,25 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
     def _reverse(self, inputs, training):
         if self.tie_weights:
             b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
-            kernel, down, up = ops.transpose(self.embeddings), ops.transpose(b), ops.transpose(a)
+            down, up = ops.transpose(b), ops.transpose(a)
         else:
             down, up = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
-            kernel = self.reverse_embeddings
-        if self.reverse_dtype is not None:
-            inputs, kernel, down, up = (
-                ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, kernel, down, up)
+        # Keras's quantized tables know no `reverse_dtype`.
+        if self.reverse_dtype is not None and self.quantization_mode is None:
+            inputs, down, up = (
+                ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, down, up)
             )
-        kernel = self._frozen(kernel)
-        adapter_inputs = self._dropped(inputs, training)
-        logits = self._plus_product(ops.matmul(inputs, kernel), adapter_inputs, down, up)
+        logits = self._frozen_logits(inputs)
+        logits = self._plus_product(logits, self._dropped(inputs, training), down, up)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
         return logits
+
+    def _frozen_logits(self, inputs):
+        if self.quantization_mode is not None:
+            return quantized.logits(self, inputs)
+        kernel = ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings
+        if self.reverse_dtype is not None:
+            kernel = ops.cast(kernel, self.reverse_dtype)
+        return ops.matmul(inputs, self._frozen(kernel))
