@@ -2,6 +2,7 @@
 
     python finetune_text_classifier.py
     python finetune_text_classifier.py --backend jax --compare
+    python finetune_text_classifier.py --quantize int4 --dtype mixed_bfloat16
     python finetune_text_classifier.py --data mine.csv --text-column body --label-column topic
     python finetune_text_classifier.py --adapter outputs/text_classifier/adapter.safetensors
 
@@ -30,6 +31,7 @@ from text_classification.downloads import MINILM, fetch
 
 RATES = pathlib.Path(__file__).with_name("rates.json")
 VALIDATION = 0.1
+DTYPES = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16")
 
 
 def parse(arguments):
@@ -46,6 +48,8 @@ def parse(arguments):
     add("--test-data", help="the same for the test; default: a fifth of --data is held out")
     add("--text-column", default="text")
     add("--label-column", default="label")
+    add("--dtype", choices=DTYPES, default="float32", help="a Keras dtype policy; default: float32")
+    add("--quantize", choices=("int8", "int4"), help="keep the frozen weights so (QLoRA+)")
     add("--rank", type=integer(1), help="default: 8; with --adapter: the file's")
     add("--learning-rate", type=positive, help="of A, at the start; it falls linearly to zero")
     add("--lr-ratio", type=positive, help="rate of B over the rate of A (loraplus)")
@@ -69,6 +73,10 @@ def parse(arguments):
             raise InputError("--rank goes without --adapter, whose file holds the rank")
         if not pathlib.Path(options.adapter).is_file():
             raise InputError(f"--adapter {options.adapter}: no such file")
+    if options.quantize is not None and options.method == "full":
+        raise InputError("--quantize goes with --method loraplus or lora")
+    if options.quantize == "int8" and options.dtype == "mixed_float16":
+        raise InputError("--quantize int8 goes with another --dtype: Keras has no int8 for float16")
     if options.export_peft is not None and options.method == "full":
         raise InputError("--export-peft goes with --method loraplus or lora")
     if options.test_data is not None and options.data is None:
@@ -178,8 +186,10 @@ def finetune(method, options, preset, classes, train, validation, test, output):
     from text_classification import training
 
     keras.utils.set_random_seed(options.seed)
-    model = training.build_classifier(preset, len(classes))
+    model = training.build_classifier(preset, len(classes), options.dtype)
     print(f"== {report.NAMES[method]} ==")
+    if options.quantize is not None:
+        training.quantize(model, options.quantize)
     if options.adapter is not None:
         try:
             klp.load_adapter(model, options.adapter)
@@ -222,17 +232,27 @@ def finetune(method, options, preset, classes, train, validation, test, output):
     }
     suffix = "" if method == options.method else f"-{method}"
     if method == "full":
-        training.save_plain(model, preset, len(classes), output / f"model{suffix}.keras")
+        training.save_plain(
+            model, preset, len(classes), output / f"model{suffix}.keras", options.dtype
+        )
         return result
     klp.save_adapter(model, output / f"adapter{suffix}.safetensors")
     if options.export_peft is not None and method == options.method:
         export(model, options.export_peft, preset)
     sample = {name: value[:64] for name, value in test[0].items()}
     before = model.predict(sample, verbose=0)
-    # From here on a plain Keras model: it loads where keras_loraplus is not installed.
-    klp.merge_lora_plus(model)
+    # From here on a plain Keras model: it loads where keras_loraplus is not installed. Quantized
+    # layers that were adapted become float, so that no rounding takes back what they learned.
+    klp.merge_lora_plus(model, dequantize=options.quantize is not None)
     after = model.predict(sample, verbose=0)
-    training.save_plain(model, preset, len(classes), output / f"merged{suffix}.keras")
+    training.save_plain(
+        model,
+        preset,
+        len(classes),
+        output / f"merged{suffix}.keras",
+        options.dtype,
+        options.quantize,
+    )
     difference = float(np.max(np.abs(after - before)) / np.max(np.abs(before)))
     result["merged_relative_difference"] = difference
     print(f"merged: outputs differ by {difference:.1e} of the largest logit")

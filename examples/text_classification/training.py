@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 
 import keras
 import keras_hub
@@ -41,14 +42,25 @@ class BatchHistory(keras.callbacks.Callback):
             self.sums[name] = total
 
 
-def build_classifier(preset, classes):
+def build_classifier(preset, classes, dtype="float32"):
     """Returns a KerasHub classifier with pretrained weights and a new head."""
     try:
         return keras_hub.models.TextClassifier.from_preset(
-            preset, num_classes=classes, preprocessor=None
+            preset, num_classes=classes, preprocessor=None, dtype=dtype
         )
     except Exception as error:  # KerasHub raises many kinds, from JSON to HTTP errors
         raise InputError(f"cannot load the preset {preset!r}: {one_line(error)[:300]}") from error
+
+
+def quantize(model, mode, chosen=None):
+    """Quantizes the pretrained weights; the new head trains, and stays as it is.
+
+    `chosen` tells which layers, all unless given.
+    """
+    with warnings.catch_warnings():
+        # Keras names every layer that has nothing to quantize.
+        warnings.filterwarnings("ignore", message="Layer .* does not have a `quantize`")
+        model.backbone.quantize(mode, filters=chosen)
 
 
 def tokenize(preset, texts, sequence_length):
@@ -125,13 +137,16 @@ def evaluate(model, inputs, labels, batch_size):
     return float(loss), float(accuracy)
 
 
-def save_plain(model, preset, classes, path):
+def save_plain(model, preset, classes, path, dtype="float32", mode=None):
     """Saves a model without the optimizer it was trained with.
 
     KerasHub compiles every task it makes, so that a file is expected to hold the state of that
     optimizer; one that holds another's, or none, is loaded with a warning.
     """
-    copy = build_classifier(preset, classes)
+    copy = build_classifier(preset, classes, dtype)
+    if mode is not None:
+        packed = {la.path for la in model.backbone._flatten_layers() if la.quantization_mode}
+        quantize(copy, mode, lambda layer: layer.path in packed)
     copy.set_weights(model.get_weights())
     copy.save(path)
 

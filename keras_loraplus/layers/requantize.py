@@ -97,7 +97,7 @@ def release_as_float(layer, values, restore):
         values: What its `merged_values` returned.
         restore: Function of the layer that puts its trainable flags back.
     """
-    policy = quantized.policy_of(layer).name.partition("_from_")[2]
+    policy = _float_policy(layer)
     release(layer)
     restore(layer)
     dropped = [_compat.drop_attribute(layer, name) for name in _STORED if _has(layer, name)]
@@ -115,10 +115,14 @@ def release_as_float(layer, values, restore):
                 shape=tuple(value.shape),
                 initializer="zeros",
                 regularizer=_regularizer_of(layer, name),
-                trainable=layer.trainable,
             )
             variable.assign(value)
             setattr(layer, name, variable)
+    # Matrices stand before the bias, as in a layer that never was quantized.
+    matrices = [getattr(layer, name) for name in values]
+    _compat.thaw_variables(layer, matrices)
+    for variable in matrices:
+        variable.trainable = layer.trainable
 
 
 def _scratch(layer):
@@ -148,6 +152,13 @@ def _config_of(layer):
         return keras.quantizers.Int8QuantizationConfig()
     block_size = getattr(layer, "_int4_block_size", None)
     return keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+
+
+def _float_policy(layer):
+    # By dtypes: `DTypePolicyMap.get_config` (3.15.1) takes the names off the policies it holds.
+    if layer.compute_dtype == layer.variable_dtype:
+        return layer.compute_dtype
+    return f"mixed_{layer.compute_dtype}"
 
 
 def _has(layer, name):

@@ -102,8 +102,8 @@ def test_merging_into_float_layers_is_exact(mode, adapt_first):
     first = model.get_layer("first")
     assert type(first) is keras.layers.Dense and first.quantization_mode is None
     assert first.dtype_policy.name == "float32" and first.kernel.dtype == "float32"
-    assert [v.name for v in first.trainable_variables] == ["bias", "kernel"]
-    assert len(first.weights) == 2
+    assert [v.name for v in first.trainable_variables] == ["kernel", "bias"]
+    assert [v.name for v in first.weights] == ["kernel", "bias"]
     # A plain layer in every way: it trains, is quantized and adapted again.
     compile_model(model)
     fit(model, features())

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from tolerances import FLOAT32_MODEL
+from tolerances import BFLOAT16, FLOAT32_MODEL
 
 import finetune_text_classifier as demo
 import keras_loraplus as klp
@@ -114,3 +114,27 @@ def test_split_is_stratified_disjoint_and_seeded():
 
 def test_smooth_is_the_mean_of_the_last_values():
     assert report.smooth([1.0, 3.0, 5.0, 7.0], window=2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_a_quantized_run_in_mixed_precision(arguments, tmp_path):
+    options = ["--quantize", "int4", "--dtype", "mixed_bfloat16"]
+    rates = ["--learning-rate", "0.01", "--head-multiplier", "4", "--epochs", "6"]
+    demo.main(arguments(*rates, *options))
+    content, by_method = results(tmp_path / "out")
+    ours = by_method["loraplus"]
+    assert ours["test_accuracy"] >= 0.9
+    assert ours["trainable_parameters"] == 2 * 2 * (16 * 2 + 2 * 16) + 16 * 2 + 2
+    assert ours["merged_relative_difference"] <= 3 * BFLOAT16
+    assert content["setup"]["quantize"] == options[1]
+    merged = keras.models.load_model(tmp_path / "out" / "merged.keras")
+    modes = {layer.quantization_mode for layer in merged.backbone._flatten_layers()}
+    assert modes == {None, options[1]}
+    test = demo.load_data(demo.parse(arguments()))[3]
+    inputs = training.tokenize(demo.parse(arguments()).preset, test.texts, 16)
+    predicted = np.argmax(merged.predict(inputs, verbose=0), axis=-1)
+    assert np.mean(predicted == test.labels) == pytest.approx(ours["test_accuracy"], abs=0.05)
+    demo.main(
+        arguments("--adapter", str(tmp_path / "out/adapter.safetensors"), *options, output="again")
+    )
+    _, again = results(tmp_path / "again")
+    assert again["loraplus"]["test_loss"] == pytest.approx(ours["test_loss"], rel=FLOAT32_MODEL)
