@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import adopt, is_adapted, release
+from keras_loraplus.layers.quantized import give_gradient, take_gradient
 from keras_loraplus.layers.requantize import release_as_float, requantized
 from keras_loraplus.planning import layer_path, make_plan
 from keras_loraplus.registry import forget_adapters, waiting_adapters
@@ -163,6 +164,8 @@ def _freeze_the_rest(plan):
             if id(variable) in train:
                 variable.trainable = True
     for layer in scope:
+        if not is_adapted(layer):
+            give_gradient(layer)
         trains = any(variable.trainable for variable in layer.weights)
         # A layer in which nothing trains is frozen as a whole, so that batch normalisation runs
         # in inference mode; one that holds a trained variable must not hide it.
@@ -177,6 +180,7 @@ def _restore_flags(layers):
     _compat.refresh_torch_parameters(layers)
     for layer in layers:
         _compat.run_in_any_mode(layer)
+        take_gradient(layer)
         layer.__dict__.pop(_TARGETS, None)
         before = layer.__dict__.pop(_BEFORE, None)
         if before is not None:

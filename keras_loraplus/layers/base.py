@@ -350,11 +350,15 @@ class LowRankLayer(StoredLayer, _Mixed):
         Raises:
             NotImplementedError: If the mode or the layer's class does not allow it; the layer is
                 unchanged. `Model.quantize` reports it as a warning and goes on.
+            ValueError: For GPTQ and AWQ, which stops `Model.quantize`.
         """
         del type_check
         reason = quantized.why_not_quantizable(self, mode)
         if reason:
-            raise NotImplementedError(
+            # `Model.quantize` turns the first into a warning. After that it would calibrate, and
+            # drop the kernel of, a layer that is not prepared for it.
+            error = ValueError if mode in quantized.CALIBRATED else NotImplementedError
+            raise error(
                 f"Layer '{self.path or self.name}' has a LoRA+ adapter and is not quantized to "
                 f"{mode}: {reason}."
             )

@@ -207,10 +207,7 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
             )
         logits = self._frozen_logits(inputs)
         logits = self._plus_product(logits, self._dropped(inputs, training), down, up)
-        if self.logit_soft_cap is not None:
-            cap = self.logit_soft_cap
-            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
-        return logits
+        return quantized.soft_capped(logits, self.logit_soft_cap)
 
     def _frozen_logits(self, inputs):
         if self.quantization_mode is not None:

@@ -4,6 +4,8 @@ Keras 3.15.1 keeps a quantized matrix packed, beside scales and zero points, and
 a method for each mode. Those attributes and methods are not public; they are read here alone.
 """
 
+import types
+
 import keras
 from keras import ops
 
@@ -194,6 +196,37 @@ def logits(layer, inputs):
         return call(bare, inputs, reverse=True), gradient
 
     return reverse(inputs, *(ops.convert_to_tensor(getattr(layer, name)) for name in names))
+
+
+def give_gradient(layer):
+    """Makes a reversible table pass gradients through its logits once it is quantized.
+
+    Without an adapter of its own it would compute them by Keras's method, and what is adapted
+    before it would learn from a wrong gradient. Values stay what they were. A bound method in the
+    instance's dictionary is what Keras finds first.
+    """
+    known = keras.layers.ReversibleEmbedding
+    if isinstance(layer, known) and type(layer).quantized_call is known.quantized_call:
+        layer.__dict__["quantized_call"] = types.MethodType(_call_with_gradient, layer)
+
+
+def take_gradient(layer):
+    """Undoes `give_gradient`."""
+    if getattr(layer.__dict__.get("quantized_call"), "__func__", None) is _call_with_gradient:
+        del layer.__dict__["quantized_call"]
+
+
+def _call_with_gradient(self, inputs, reverse=False):
+    if not reverse:
+        return type(self).quantized_call(self, inputs)
+    return soft_capped(logits(self, inputs), self.logit_soft_cap)
+
+
+def soft_capped(values, cap):
+    """Returns `cap tanh(values / cap)`, or the values where there is no cap."""
+    if cap is None:
+        return values
+    return ops.multiply(ops.tanh(ops.divide(values, cap)), cap)
 
 
 def stored(layer, name):

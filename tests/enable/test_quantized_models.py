@@ -6,9 +6,10 @@ import weakref
 import keras
 import numpy as np
 import pytest
+from autodiff import gradients
 from lora_cases import all_factors, as_float64, randomize_factors, snapshot
 from quantized_cases import MODES, quick_deletes
-from tiny_models import compile_model, features, fit, functional, text, tokens
+from tiny_models import compile_model, features, filled, fit, functional, text, tokens
 from tolerances import FLOAT32_MODEL, INT8, assert_close, relative_error
 
 import keras_loraplus as klp
@@ -222,3 +223,42 @@ def test_subclasses_stay_as_keras_has_them():
     klp.layers.LoRAPlusDense.from_layer(other, rank=2)
     with pytest.raises(NotImplementedError, match="Keras quantizes no subclasses, and Doubled is"):
         other.quantize("int8")
+
+
+def language_model(quantize):
+    """A tied table at both ends, and one layer between them to adapt."""
+    table = keras.layers.ReversibleEmbedding(11, 6, name="table", logit_soft_cap=3.0)
+    inputs = keras.Input((4,), dtype="int32")
+    hidden = keras.layers.Dense(6, activation="tanh", name="hidden")(table(inputs))
+    model = filled(keras.Model(inputs, table(hidden, reverse=True)))
+    if quantize == "first":
+        table.quantize("int8")
+    klp.enable_lora_plus(model, rank=2, targets=["hidden"])
+    if quantize == "last":
+        table.quantize("int8")
+    randomize_factors(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning")
+@pytest.mark.parametrize("quantize", ["first", "last"])
+def test_layers_before_quantized_logits_get_the_right_gradient(quantize):
+    """Keras 3.15.1 alone gives a gradient that is wrong by most of its size."""
+    ids = np.random.default_rng(0).integers(0, 11, size=(3, 4)).astype("int32")
+    weights = np.random.default_rng(1).normal(size=(3, 4, 11)).astype("float32")
+    model, plain = language_model(quantize), language_model(None)
+    found, right = (_gradients(m, ids, weights) for m in (model, plain))
+    for gradient, expected in zip(found, right, strict=True):
+        assert_close(gradient, expected, 2 * INT8)
+    model.get_layer("table").__dict__.pop("quantized_call")
+    by_keras = _gradients(model, ids, weights)
+    assert all(relative_error(g, e) > 0.2 for g, e in zip(by_keras, right, strict=True))
+    klp.merge_lora_plus(plain)
+    assert "quantized_call" not in vars(plain.get_layer("table"))
+
+
+def _gradients(model, ids, weights):
+    def loss():
+        return keras.ops.sum(keras.ops.multiply(model(ids), weights))
+
+    return gradients(loss, all_factors(model))
