@@ -72,14 +72,16 @@ def _tensorflow(function, trained, size):
     handles = {id(v.value.handle) for v in trained}
     captured = [inside for outside, inside in graph.captures if id(outside) in handles]
     assert captured, "no trained variable is read"
-    tainted = {t.op.name for t in captured}
+    tainted = {t.name for t in captured}
     found = []
     for operation in graph.get_operations():
-        depends = any(t.op.name in tainted for t in operation.inputs)
-        if depends:
-            tainted.add(operation.name)
-        for out in operation.outputs:
-            if depends and out.shape.rank is not None and out.shape.num_elements() == size:
+        depends = [t.name in tainted for t in operation.inputs]
+        if operation.type != "IdentityN":  # which only ties tensors together, one to one
+            depends = [any(depends)] * len(operation.outputs)
+        for out, reads in zip(operation.outputs, depends, strict=True):
+            if reads:
+                tainted.add(out.name)
+            if reads and out.shape.rank is not None and out.shape.num_elements() == size:
                 found.append(f"{operation.type} {tuple(out.shape)}")
     return found
 
@@ -99,11 +101,13 @@ def _torch(function, trained, size):
             out = func(*args, **(kwargs or {}))
             read = [t for t in keras.tree.flatten(args) if isinstance(t, torch.Tensor)]
             from_frozen = bool(read) and all(t.untyped_storage().data_ptr() in frozen for t in read)
+            # A number of the code's own, such as the mask of a nibble.
+            constant = not read or "lift_fresh" in str(func)
             for tensor in out if isinstance(out, (tuple, list)) else [out]:
                 if not isinstance(tensor, torch.Tensor):
                     continue
                 kept.append(tensor)
-                if from_frozen:
+                if from_frozen or (constant and tensor.numel() == 1):
                     frozen.add(tensor.untyped_storage().data_ptr())
                 elif tensor.numel() == size:
                     found.append(f"{func} {tuple(tensor.shape)}")

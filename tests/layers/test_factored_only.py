@@ -73,6 +73,36 @@ def test_no_value_of_the_kernels_size(name, dtype):
     assert formed(loss, factors(layer), int(np.prod(factors(layer)[0].shape)))
 
 
+# Unpacking and scaling the kernel is no fault either; a gradient of its size would be.
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["dense", "einsum", "embedding", "reversible-reverse"])
+def test_no_value_of_a_quantized_kernels_size(name, mode):
+    plain, lora, arguments, shape, reverse = SHAPES[name]
+    layer = plain(*arguments)
+    inner = loss_of(layer, shape, reverse)
+    layer.quantize(mode)
+    lora.from_layer(layer, rank=2)
+    randomize(factors(layer))
+    size = int(np.prod(layer._matrix_shape(layer._factors()[0].kernel)))
+    assert formed(inner, factors(layer), size) == []
+    assert formed(inner, factors(layer), int(np.prod(factors(layer)[0].shape)))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_no_gradient_of_a_quantized_kernel_behind_an_adapter(mode):
+    """The second kernel's product reads what the first adapter made."""
+    first, second = layers.Dense(7), layers.Dense(13)
+    inputs = np.random.default_rng(0).normal(size=(3, 11)).astype("float32")
+    second(first(inputs))
+    for layer in (first, second):
+        layer.quantize(mode)
+        kl.LoRAPlusDense.from_layer(layer, rank=2)
+        randomize(factors(layer))
+    trained = [*factors(first), *factors(second)]
+    assert formed(lambda: keras.ops.sum(keras.ops.square(second(first(inputs)))), trained, 91) == []
+
+
 @pytest.mark.parametrize("name", [n for n in SHAPES if not n.startswith("reversible")])
 def test_the_check_finds_what_keras_lora_forms(name):
     plain, _, arguments, shape, reverse = SHAPES[name]
