@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.adapters.peft.mapping import layout_of
+from keras_loraplus.adapters.peft.packed import matrix_variable
 from keras_loraplus.adapters.peft.recording import record
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.planning import layer_path
@@ -82,17 +83,19 @@ def _of_layer(layer):
         return
     if isinstance(layer, keras.layers.EinsumDense):
         contracted, free = _einsum_axes(layer.equation)
-        yield Matrix(layer, layer._kernel, *kernel, contracted, free, False)
+        yield Matrix(layer, matrix_variable(layer, "_kernel"), *kernel, contracted, free, False)
     elif isinstance(layer, keras.layers.Dense):
-        yield Matrix(layer, layer._kernel, *kernel, (0,), (1,), False)
+        yield Matrix(layer, matrix_variable(layer, "_kernel"), *kernel, (0,), (1,), False)
     elif isinstance(layer, CONVOLUTIONS):
         *contracted, free = range(len(layer._kernel.shape))
         whole = tuple(contracted) if layer.groups == 1 else None
         yield Matrix(layer, layer._kernel, *kernel, whole, (free,), False)
     elif isinstance(layer, keras.layers.Embedding):
-        yield Matrix(layer, layer._embeddings, *table, (0,), (1,), True)
+        yield Matrix(layer, matrix_variable(layer, "_embeddings"), *table, (0,), (1,), True)
         if isinstance(layer, keras.layers.ReversibleEmbedding) and not layer.tie_weights:
-            yield Matrix(layer, layer.reverse_embeddings, *kernel, (0,), (1,), False)
+            yield Matrix(
+                layer, matrix_variable(layer, "reverse_embeddings"), *kernel, (0,), (1,), False
+            )
 
 
 def _einsum_axes(equation):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_loraplus import _compat
+from keras_loraplus.adapters.peft.packed import presented
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def record(backbone, checkpoint, wanted=()):
     recorder = _Recorder(checkpoint.shapes, {id(variable) for variable in wanted})
     try:
         # Some converters assign to variables themselves; in this scope that changes nothing.
-        with keras.StatelessScope():
+        with keras.StatelessScope(), presented(backbone):
             converter.convert_weights(backbone, recorder, checkpoint.config)
     except Exception as error:  # a converter fails on a checkpoint of other sizes in any way
         raise ValueError(
