@@ -43,16 +43,12 @@ _BY_NAME = {case.name: case for case in QUANTIZABLE}
 PAIRS = [
     *((case, mode) for case in SOME for mode in ("int8", "int4-blocks")),
     (_BY_NAME["dense"], "int8-weights"),
-    (_BY_NAME["dense"], "int4-channel"),
     (_BY_NAME["einsum-query"], "int4-channel"),
     (_BY_NAME["einsum-heads-first"], "int8-weights"),
-    (_BY_NAME["einsum-output"], "int8"),
     (_BY_NAME["einsum-experts"], "int4-blocks"),
     (_BY_NAME["embedding"], "int4-channel"),
-    (_BY_NAME["reversible-tied"], "int8"),
-    (_BY_NAME["reversible-tied-reverse"], "int4-channel"),
     (_BY_NAME["reversible-tied-reverse-cap"], "int8"),
-    (_BY_NAME["reversible-tied-reverse-cap"], "int4-blocks"),
+    (_BY_NAME["reversible-tied-reverse-cap"], "int4-channel"),
     (_BY_NAME["reversible-untied"], "int4-blocks"),
 ]
 PAIR_IDS = [f"{case.name}-{mode}" for case, mode in PAIRS]

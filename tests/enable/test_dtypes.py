@@ -72,6 +72,12 @@ def test_every_factor_moves_on_every_step_from_its_second_on(policy, init):
         for variable, old, new in zip(watched, steps[i], steps[i + 1], strict=True):
             assert not np.array_equal(old, new), (variable.path, i)
     assert {dtype_of(v) for v in watched} == {"float32"}
+    optimizer = model.optimizer
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
+    moments = [v for v in optimizer.variables if "lora_" in v.path]
+    assert len(moments) == 2 * len(watched)
+    assert {dtype_of(v) for v in moments} == {"float32"}
     for variable, value in zip(still, before, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
 

@@ -64,7 +64,7 @@ def test_an_adapted_quantized_layer_computes_the_formula(case, mode):
     assert {v.dtype for v in factors(layer)} == {"float32"}
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4-blocks"])
+@pytest.mark.parametrize("mode", ["int4-blocks"])
 @some_cases
 def test_quantizing_an_adapted_layer_is_adapting_a_quantized_one(case, mode):
     first, second = case.make_plain(), case.make_plain()
