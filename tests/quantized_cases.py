@@ -51,7 +51,24 @@ PAIRS = [
     (_BY_NAME["reversible-tied-reverse-cap"], "int4-channel"),
     (_BY_NAME["reversible-untied"], "int4-blocks"),
 ]
-PAIR_IDS = [f"{case.name}-{mode}" for case, mode in PAIRS]
+# Those that differ in how a gradient is found.
+GRADIENT_PAIRS = [
+    (_BY_NAME[name], mode)
+    for name, mode in (
+        ("dense", "int8"),
+        ("dense", "int4-blocks"),
+        ("einsum-query", "int8"),
+        ("einsum-query", "int4-channel"),
+        ("einsum-heads-first", "int8-weights"),
+        ("embedding", "int4-blocks"),
+        ("reversible-tied-reverse-cap", "int8"),
+        ("reversible-untied-reverse", "int4-blocks"),
+    )
+]
+
+
+def pair_ids(pairs):
+    return [f"{case.name}-{mode}" for case, mode in pairs]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from autodiff import finite_differences, gradients
 from lora_cases import as_float64, factors, ids, randomize, snapshot
-from quantized_cases import PAIR_IDS, PAIRS, SOME, expected, quantize, quick_deletes
+from quantized_cases import (
+    GRADIENT_PAIRS,
+    PAIRS,
+    SOME,
+    expected,
+    pair_ids,
+    quantize,
+    quick_deletes,
+)
 from tolerances import FLOAT32_LAYER, INT8, assert_close, relative_error
 
 # Keras 3.15.1 transposes the scales of a tied table, which have one axis; so does the plain layer.
@@ -18,7 +26,7 @@ def quick():
         yield
 
 
-each_pair = pytest.mark.parametrize("case, mode", PAIRS, ids=PAIR_IDS)
+each_pair = pytest.mark.parametrize("case, mode", PAIRS, ids=pair_ids(PAIRS))
 some_cases = pytest.mark.parametrize("case", SOME, ids=ids(SOME))
 
 
@@ -88,7 +96,7 @@ def test_quantizing_an_adapted_layer_is_adapting_a_quantized_one(case, mode):
     assert sorted(v.name for v in second.weights) == sorted(v.name for v in first.weights)
 
 
-@each_pair
+@pytest.mark.parametrize("case, mode", GRADIENT_PAIRS, ids=pair_ids(GRADIENT_PAIRS))
 def test_gradients_of_factors_and_inputs(case, mode):
     layer, tolerance = adapted_after(case, mode)
     randomize(factors(layer))
@@ -123,11 +131,10 @@ def _is_other_direction(case, variable):
     return variable.name.startswith("lora_embeddings" if case.reverse else "lora_kernel")
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("case", [case for case in SOME if not case.reverse], ids=lambda c: c.name)
-def test_outputs_have_the_compute_dtype(case, dtype):
+def test_outputs_have_the_compute_dtype(case):
     """K06 beside a quantized matrix."""
-    mode = "int8" if dtype == "bfloat16" else "int4-blocks"
+    dtype, mode = "mixed_bfloat16", "int4-blocks" if case.takes_tokens else "int8"
     layer, _ = adapted_after(case, mode, dtype=dtype)
     randomize(factors(layer))
     inputs = keras.ops.convert_to_tensor(case.inputs())
