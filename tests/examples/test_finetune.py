@@ -124,7 +124,8 @@ def test_a_quantized_run_in_mixed_precision(arguments, tmp_path):
     ours = by_method["loraplus"]
     assert ours["test_accuracy"] >= 0.9
     assert ours["trainable_parameters"] == 2 * 2 * (16 * 2 + 2 * 16) + 16 * 2 + 2
-    assert ours["merged_relative_difference"] <= 3 * BFLOAT16
+    # Two layers, of some four roundings each on the way.
+    assert ours["merged_relative_difference"] <= 8 * BFLOAT16
     assert content["setup"]["quantize"] == options[1]
     merged = keras.models.load_model(tmp_path / "out" / "merged.keras")
     modes = {layer.quantization_mode for layer in merged.backbone._flatten_layers()}
