@@ -957,3 +957,82 @@ def transformers_renames(model_type):
         if type(entry).__name__ == "WeightRenaming"
         for source, target in zip(entry.source_patterns, entry.target_patterns, strict=True)
     ]
+
+
+# --- distribution: replicas of tf.distribute, layouts of keras.distribution ----------------------
+
+
+def replica_count():
+    """Returns over how many replicas of a `tf.distribute` strategy the running step is spread.
+
+    1 on JAX and torch, outside of `strategy.run`, and where the strategy has one (tensorflow 2.21).
+    """
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def refuse_conditions_in_replicas(**settings):
+    """Raises where Keras's optimizer would put a sum over replicas into one branch of a condition.
+
+    tensorflow 2.21 cannot trace that, and says so without naming the setting that asks for it
+    (3.15.1).
+
+    Args:
+        settings: The optimizer's settings that are conditions, by name.
+
+    Raises:
+        ValueError: If one of them is set and the step runs on several replicas.
+    """
+    asked = [f"{name}={value}" for name, value in settings.items() if value]
+    if asked and replica_count() > 1:
+        raise ValueError(
+            f"{' and '.join(asked)} cannot be used under a `tf.distribute` strategy with several "
+            "replicas: TensorFlow cannot sum gradients over replicas inside of a condition. Leave "
+            "it out and pass a larger batch to `fit`, or train on one device. Nothing has been "
+            "changed."
+        )
+
+
+def check_strategy(layer):
+    """Raises unless the variables of a layer belong to the current `tf.distribute` strategy.
+
+    Added weights would belong to another strategy than those of the model, and `fit` would fail
+    with an empty AssertionError (tensorflow 2.21). `_distribute_strategy` of its variables has no
+    public reader; neither has `Variable._value` (3.15.1).
+
+    Args:
+        layer: A layer or model that is to gain weights.
+
+    Raises:
+        ValueError: Naming a variable and the scope to open.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    current = tf.distribute.get_strategy()
+    here = current if tf.distribute.has_strategy() else None
+    for variable in layer.weights:
+        made_under = getattr(variable._value, "_distribute_strategy", None)
+        if made_under is here:
+            continue
+        made, now = _strategy_name(made_under), _strategy_name(here)
+        advice = (
+            "Leave the `with strategy.scope():` block before you enable adapters, or make the "
+            "model inside of it"
+            if made_under is None
+            else "Enable adapters inside of the `with strategy.scope():` block that made the model"
+        )
+        raise ValueError(
+            f"'{variable.path}' of '{layer.name}' was made under {made}, and the current "
+            f"strategy is {now}; adapters have to be made under the strategy of the weights that "
+            f"they stand beside. {advice}. Nothing has been changed."
+        )
+
+
+def _strategy_name(strategy):
+    return "no tf.distribute strategy" if strategy is None else f"a {type(strategy).__name__}"

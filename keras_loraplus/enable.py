@@ -75,7 +75,8 @@ def enable_lora_plus(
 
     Raises:
         ValueError: If a setting is out of range, a pattern matches nothing, the model is not built,
-            is enabled already or uses Keras's own LoRA. The model is unchanged.
+            is enabled already, uses Keras's own LoRA, or was made under another `tf.distribute`
+            strategy than the current one. The model is unchanged.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -108,6 +109,7 @@ def apply_plan(plan, model):
         plan: A `Plan` for the model.
         model: The user's model; the plan's scope is it or a part of it.
     """
+    _compat.check_strategy(model)
     for layer in _compat.flatten_layers(model):
         layer.__dict__[_BEFORE] = _compat.tracked_state(layer)
     try:

@@ -73,6 +73,10 @@ class StepMixin(_Optimizer):
             self._loraplus.in_apply = previous
 
     def _backend_apply_gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        _compat.refuse_conditions_in_replicas(
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            ema_overwrite_frequency=self.use_ema and self.ema_overwrite_frequency,
+        )
         if self._loraplus.has_low_precision:
             # Norms and accumulated sums of low-precision gradients are float32 from here on.
             grads = [
@@ -80,6 +84,27 @@ class StepMixin(_Optimizer):
                 for grad, variable in zip(grads, variables, strict=True)
             ]
         super()._backend_apply_gradients(grads, variables)
+
+    def _clips_whole_gradients(self) -> bool:
+        """Whether this step clips under a `tf.distribute` strategy of several replicas."""
+        clips = self.clipnorm or self.clipvalue or self.global_clipnorm
+        return bool(clips) and _compat.replica_count() > 1
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
+        """Clips the sum over all replicas, as one device with the whole batch would.
+
+        Keras clips what each replica has, then sums: other numbers on two devices than on one.
+        """
+        if self._clips_whole_gradients():
+            pairs = [(grad, None) for grad in grads]
+            grads = [grad for grad, _ in super()._all_reduce_sum_gradients(pairs)]
+        return super()._clip_gradients(grads)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        """Sums gradients over replicas (TensorFlow only), unless clipping needed the sums."""
+        if self._clips_whole_gradients():
+            return list(grads_and_vars)
+        return super()._all_reduce_sum_gradients(grads_and_vars)
 
     def _weight_decay_of(self, variable: Any) -> float | None:
         return self.weight_decay
