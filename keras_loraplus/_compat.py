@@ -304,6 +304,9 @@ def laid_out_as(kernel, axes):
     So a rule counts for a factor only if it does not match the kernel itself; otherwise the factor
     takes the layout of the kernel's axes, and its rank is on every device.
 
+    The layout counts, not the scope: a model that was distributed can be adapted outside of
+    `distribution.scope()`, where no rules are known.
+
     `Layer.add_weight` takes no layout, `Variable._layout` and `ModelParallel._layout_map` are not
     public, and the current distribution is asked for by attribute (3.15.1).
 
@@ -313,7 +316,7 @@ def laid_out_as(kernel, axes):
     """
     outer = keras.distribution.distribution()
     layout = getattr(kernel, "_layout", None)
-    if outer is None or not isinstance(layout, keras.distribution.TensorLayout):
+    if not isinstance(layout, keras.distribution.TensorLayout):
         yield
         return
     global_state.set_global_attribute("distribution", _LaidOutAs(outer, kernel, axes))
@@ -336,8 +339,10 @@ class _LaidOutAs:
             for rule in rules
             if _matches(rule, variable.path) and not _matches(rule, self.kernel.path)
         ]
-        if own:
+        if len(own) == 1:
             return rules[own[0]]
+        if own:
+            return rules[variable.path]  # the exact one, or Keras's error that lists them
         layout = self.kernel._layout
         axes = [None if axis is None else layout.axes[axis] for axis in self.axes]
         return keras.distribution.TensorLayout(axes, layout.device_mesh)
@@ -997,12 +1002,12 @@ def refuse_conditions_in_replicas(**settings):
         )
 
 
-def check_strategy(layer):
-    """Raises unless the variables of a layer belong to the current `tf.distribute` strategy.
+def check_distribution(layer):
+    """Raises where what is added to a layer would be on other devices than what is there.
 
-    Added weights would belong to another strategy than those of the model, and `fit` would fail
-    with an empty AssertionError (tensorflow 2.21). `_distribute_strategy` of its variables has no
-    public reader; neither has `Variable._value` (3.15.1).
+    Checked on 3.15.1: `fit` would end in an empty AssertionError (tensorflow 2.21), or in an error
+    of incompatible devices that leaves the weights as None (jax 0.10.2). `Variable._layout` and
+    `_value`, and `_distribute_strategy` of TensorFlow's variables, have no public readers.
 
     Args:
         layer: A layer or model that is to gain weights.
@@ -1010,17 +1015,30 @@ def check_strategy(layer):
     Raises:
         ValueError: Naming a variable and the scope to open.
     """
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() == "tensorflow":
+        _check_strategy(layer)
+    outer = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or outer is None:
         return
+    for variable in layer.weights:
+        if variable._layout is None and outer.get_variable_layout(variable) is not None:
+            raise ValueError(
+                f"'{variable.path}' of '{layer.name}' was made before the current "
+                f"{type(outer).__name__} was set, so that the model is not distributed and Keras "
+                "could not train it. Make the model inside of `with distribution.scope():`, or "
+                "after `keras.distribution.set_distribution(distribution)`, then enable adapters "
+                "or load them (`keras_loraplus.load_adapter`). Nothing has been changed."
+            )
+
+
+def _check_strategy(layer):
     import tensorflow as tf
 
-    current = tf.distribute.get_strategy()
-    here = current if tf.distribute.has_strategy() else None
+    here = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     for variable in layer.weights:
         made_under = getattr(variable._value, "_distribute_strategy", None)
         if made_under is here:
             continue
-        made, now = _strategy_name(made_under), _strategy_name(here)
         advice = (
             "Leave the `with strategy.scope():` block before you enable adapters, or make the "
             "model inside of it"
@@ -1028,11 +1046,35 @@ def check_strategy(layer):
             else "Enable adapters inside of the `with strategy.scope():` block that made the model"
         )
         raise ValueError(
-            f"'{variable.path}' of '{layer.name}' was made under {made}, and the current "
-            f"strategy is {now}; adapters have to be made under the strategy of the weights that "
-            f"they stand beside. {advice}. Nothing has been changed."
+            f"'{variable.path}' of '{layer.name}' was made under {_strategy_name(made_under)}, and "
+            f"the current strategy is {_strategy_name(here)}; adapters have to be made under the "
+            f"strategy of the weights that they stand beside. {advice}. Nothing has been changed."
         )
 
 
 def _strategy_name(strategy):
     return "no tf.distribute strategy" if strategy is None else f"a {type(strategy).__name__}"
+
+
+def parts_of(tensor):
+    """Returns the parts of a tensor that lie on different devices, as pairs (offset, part).
+
+    `keras.ops.slice` of an array that is sharded (jax 0.10.2) first gathers all of it on every
+    device, since the place of the slice is an argument of the compiled function.
+
+    Args:
+        tensor: A tensor of the backend.
+
+    Returns:
+        A list. It is the tensor itself where that is on one device, where every device has all of
+        it, and where another process has a part of it.
+    """
+    whole = [((0,) * len(tensor.shape), tensor)]
+    if keras.backend.backend() != "jax" or tensor.is_fully_replicated:
+        return whole
+    if not tensor.is_fully_addressable:
+        return whole
+    parts = {}
+    for shard in tensor.addressable_shards:
+        parts[tuple(cut.start or 0 for cut in shard.index)] = shard.data
+    return list(parts.items())

@@ -75,8 +75,8 @@ def enable_lora_plus(
 
     Raises:
         ValueError: If a setting is out of range, a pattern matches nothing, the model is not built,
-            is enabled already, uses Keras's own LoRA, or was made under another `tf.distribute`
-            strategy than the current one. The model is unchanged.
+            is enabled already, uses Keras's own LoRA, or was not made under the current
+            distribution (`tf.distribute` strategy). The model is unchanged.
 
     Example:
         >>> dense = keras.layers.Dense
@@ -109,7 +109,7 @@ def apply_plan(plan, model):
         plan: A `Plan` for the model.
         model: The user's model; the plan's scope is it or a part of it.
     """
-    _compat.check_strategy(model)
+    _compat.check_distribution(model)
     for layer in _compat.flatten_layers(model):
         layer.__dict__[_BEFORE] = _compat.tracked_state(layer)
     try:

@@ -35,6 +35,9 @@ LONGHAND_ADAM = 5e-6
 # 50 training steps of two libraries from one start: A and B.
 TRAJECTORY_50_STEPS = 1e-5
 
+# A loss on several devices against one: sums over devices in another order.
+ONE_DEVICE_LOSS = 1e-5
+
 # One unit in the last place is 2**-8 for bfloat16 and 2**-11 for float16; two roundings.
 BFLOAT16 = 2**-7
 FLOAT16 = 2**-10

@@ -5,6 +5,8 @@ import base64
 import numpy as np
 from keras import ops
 
+from keras_loraplus import _compat
+
 # Together some two hundred numbers a matrix, which is 400 bytes of a file.
 SLICES, ENTRIES = 8, 25
 
@@ -15,8 +17,8 @@ _TOLERANCE = {"float32": 2e-3, "float64": 2e-3, "float16": 4e-3, "bfloat16": 2e-
 def fingerprint(kernel):
     """Returns shape, dtype and some samples of a frozen matrix, as JSON values.
 
-    Eight slices of 25 entries are read, spread over every axis, so that a kernel that is spread
-    over devices is never gathered.
+    Eight slices of 25 entries are read, spread over every axis, each from the devices that hold it:
+    a kernel that is spread over devices is never gathered.
 
     Args:
         kernel: A variable.
@@ -106,9 +108,24 @@ def _spread(step, axis):
 
 def _samples(kernel):
     starts, size = slices(tuple(kernel.shape))
-    tensor = ops.convert_to_tensor(kernel)
-    taken = [
-        ops.convert_to_numpy(ops.cast(ops.slice(tensor, start, size), "float32")).reshape(-1)
-        for start in starts
-    ]
-    return np.concatenate(taken)
+    parts = _compat.parts_of(ops.convert_to_tensor(kernel))
+    return np.concatenate([_read(parts, start, size).reshape(-1) for start in starts])
+
+
+def _read(parts, start, size):
+    """Returns one slice of a matrix of which every part lies on a device of its own."""
+    found = np.zeros(size, "float32")
+    for offset, part in parts:
+        here = list(zip(start, size, offset, part.shape, strict=True))
+        low = [max(begin, at) for begin, _, at, _ in here]
+        high = [min(begin + taken, at + room) for begin, taken, at, room in here]
+        if any(first >= last for first, last in zip(low, high, strict=True)):
+            continue
+        length = [last - first for first, last in zip(low, high, strict=True)]
+        value = ops.slice(part, [first - at for first, at in zip(low, offset, strict=True)], length)
+        inside = tuple(
+            slice(first - begin, last - begin)
+            for first, last, begin in zip(low, high, start, strict=True)
+        )
+        found[inside] = ops.convert_to_numpy(ops.cast(value, "float32"))
+    return found

@@ -260,7 +260,7 @@ def adopt(layer, spec):
             f"adapters: {sorted({c.plain_class.__name__ for c in LORA_CLASSES})}, built, and "
             "subclasses whose `call` delegates to `super().call(...)`."
         )
-    _compat.check_strategy(layer)
+    _compat.check_distribution(layer)
     layer_class: Any = type(layer)
     before = _compat.tracked_state(layer)
     layer.__class__ = adopted_class(layer_class)

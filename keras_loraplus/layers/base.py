@@ -83,7 +83,8 @@ class LowRankLayer(StoredLayer, _Mixed):
                 trainable=False,
             )
         if self._adapter.dropout:
-            self.lora_seed_generator = keras.random.SeedGenerator()
+            with _compat.laid_out_as(self._kernels()[0], (None,)):
+                self.lora_seed_generator = keras.random.SeedGenerator()
 
     def _build_factors(self, spec):
         factors = self._plan_factors(spec)
