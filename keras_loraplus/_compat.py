@@ -12,6 +12,7 @@ import types
 import weakref
 
 import keras
+import numpy as np
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
 from keras.src.backend.common import global_state
 
@@ -1057,7 +1058,7 @@ def _strategy_name(strategy):
 
 
 def parts_of(tensor):
-    """Returns the parts of a tensor that lie on different devices, as pairs (offset, part).
+    """Returns the parts of a tensor that this process holds, as pairs (offset, part).
 
     `keras.ops.slice` of an array that is sharded (jax 0.10.2) first gathers all of it on every
     device, since the place of the slice is an argument of the compiled function.
@@ -1066,15 +1067,74 @@ def parts_of(tensor):
         tensor: A tensor of the backend.
 
     Returns:
-        A list. It is the tensor itself where that is on one device, where every device has all of
-        it, and where another process has a part of it.
+        A list; the tensor itself where one device has all of it.
     """
-    whole = [((0,) * len(tensor.shape), tensor)]
     if keras.backend.backend() != "jax" or tensor.is_fully_replicated:
-        return whole
-    if not tensor.is_fully_addressable:
-        return whole
+        return [((0,) * len(tensor.shape), tensor)]
     parts = {}
     for shard in tensor.addressable_shards:
         parts[tuple(cut.start or 0 for cut in shard.index)] = shard.data
     return list(parts.items())
+
+
+def span_processes(tensors):
+    """Whether this process lacks a part of one of the tensors (jax 0.10.2)."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    if jax.process_count() == 1:
+        return False
+    return any(
+        sum(part.size for _, part in parts_of(tensor)) < tensor.size
+        for tensor in map(keras.ops.convert_to_tensor, tensors)
+    )
+
+
+def host_value(tensor):
+    """Returns a tensor as a numpy array, also where other processes hold parts of it.
+
+    Then every process has to come here. `multihost_utils` is public though experimental (jax
+    0.10.2).
+    """
+    if not span_processes([tensor]):
+        return keras.ops.convert_to_numpy(tensor)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(keras.ops.convert_to_tensor(tensor), tiled=True)
+
+
+def known_anywhere(tensor, values):
+    """Returns values read of a tensor, those that are NaN here from another process.
+
+    Args:
+        tensor: The tensor; if it spans processes, every process has to come here.
+        values: A float numpy array.
+    """
+    if not span_processes([tensor]):
+        return values
+    from jax.experimental import multihost_utils
+
+    # NaN where every process has it so.
+    return np.fmax.reduce(multihost_utils.process_allgather(values))
+
+
+def wait_for_all_processes():
+    """Returns once every process that trains this model has come here; alone, at once.
+
+    TensorFlow's multi-worker strategies have no public barrier (tensorflow 2.21); nothing is waited
+    for there. `multihost_utils` is public though experimental (jax 0.10.2).
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("keras_loraplus")
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()

@@ -30,7 +30,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     The frozen base is not in the file either: load it, enable the model and compile it as before.
     Another base gets a warning. Of several named adapters the active one is saved. If several
-    processes train one model, only the first writes, and all of them read.
+    processes train one model, only the first writes, and all of them read: the file has to be where
+    all of them see it. With `torch.distributed` or `jax.distributed` they wait for one another
+    where `fit` begins.
 
     Args:
         filepath: The file, for example `"run.safetensors"`. Its folder is created. Each save
@@ -100,6 +102,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         check_savable(model)
         self._batches_unsaved = 0
         self.resumed_from = None
+        # The first process may still be writing what another is about to read.
+        _compat.wait_for_all_processes()
         if os.path.exists(self.filepath):
             self.resumed_from = restore_checkpoint(model, self.filepath)
             _compat.begin_at_epoch(model, self.resumed_from["epoch"])
@@ -140,5 +144,6 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def _save(self, epoch: int, batch: int) -> None:
         model = self.model
-        if _compat.is_first_process(model):
+        variables = [*model.variables, *(model.optimizer.variables if model.optimizer else ())]
+        if _compat.is_first_process(model) or _compat.span_processes(variables):
             write_checkpoint(model, self.filepath, epoch, batch)

@@ -28,7 +28,9 @@ _SETTINGS = ("rank", "alpha", "scaling", "dropout")
 
 
 def write_checkpoint(model, path, epoch, batch):
-    """Writes what training has changed in a model, atomically.
+    """Writes what training has changed in a model, atomically, in the first process only.
+
+    Where one of its variables spans processes, all of them have to come here.
 
     Args:
         model: A compiled model with adapters.
@@ -48,7 +50,8 @@ def write_checkpoint(model, path, epoch, batch):
         library_version=__version__,
         tensors=tensors,
     )
-    files.write(path, content)
+    if _compat.is_first_process(model):
+        files.write(path, content)
 
 
 def restore_checkpoint(model, path):
@@ -212,7 +215,7 @@ def _faults(model, variables, adapters, tensors, position):
 
 
 def _as_saved(variable):
-    value = ops.convert_to_numpy(variable)
+    value = _compat.host_value(variable)
     if variable.dtype == "bfloat16":  # numpy has none of its own; every bfloat16 is a float32
         value = value.astype("float32")
     elif value.dtype.kind == "u":  # adapter files have no unsigned words

@@ -108,13 +108,18 @@ def _spread(step, axis):
 
 def _samples(kernel):
     starts, size = slices(tuple(kernel.shape))
-    parts = _compat.parts_of(ops.convert_to_tensor(kernel))
-    return np.concatenate([_read(parts, start, size).reshape(-1) for start in starts])
+    tensor = ops.convert_to_tensor(kernel)
+    parts = _compat.parts_of(tensor)
+    samples = np.concatenate([_read(parts, start, size).reshape(-1) for start in starts])
+    return _compat.known_anywhere(tensor, samples)
 
 
 def _read(parts, start, size):
-    """Returns one slice of a matrix of which every part lies on a device of its own."""
-    found = np.zeros(size, "float32")
+    """Returns one slice of a matrix of which every part lies on a device of its own.
+
+    What is in none of the parts is NaN.
+    """
+    found = np.full(size, np.nan, "float32")
     for offset, part in parts:
         here = list(zip(start, size, offset, part.shape, strict=True))
         low = [max(begin, at) for begin, _, at, _ in here]

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_loraplus import _compat
 from keras_loraplus.adapters import files, hub
 from keras_loraplus.adapters.base_check import compare_base, factor_ids, fingerprints, other_places
 from keras_loraplus.enable import apply_plan, targets_of, undo_plan
@@ -154,7 +155,7 @@ def _has_adapters(model):
 
 def _value(tensor, factor):
     """Returns what the file holds of a value: A and B without what stands beyond their rank."""
-    value = ops.convert_to_numpy(tensor)
+    value = _compat.host_value(tensor)
     if factor is not None:
         value = factor.stripped(value)
     # numpy has no bfloat16 of its own; every bfloat16 is a float32.
