@@ -11,6 +11,8 @@ from tolerances import ONE_DEVICE_LOSS, assert_close
 if keras.backend.backend() != "jax":
     pytest.skip("keras.distribution is on JAX only", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 CODE = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)

@@ -10,6 +10,8 @@ from tolerances import ONE_DEVICE_LOSS, assert_close
 if keras.backend.backend() != "jax":
     pytest.skip("keras.distribution.ModelParallel is on JAX only", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 NAMES = ["llama", "gemma"]
 
 # Layouts of the kernel (from KerasHub's own map), of A and of B, by the end of the layer's path.

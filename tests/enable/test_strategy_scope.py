@@ -11,6 +11,8 @@ import keras_loraplus as klp
 if keras.backend.backend() != "tensorflow":
     pytest.skip("tf.distribute is TensorFlow's", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 SETUP = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]

@@ -10,6 +10,8 @@ import keras_loraplus as klp
 if keras.backend.backend() != "torch":
     pytest.skip("DistributedDataParallel is torch's", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 
 def test_two_processes_train(run_example, tmp_path):
     done = run_example("torch_ddp.py", "--output", tmp_path, "--epochs", 2)

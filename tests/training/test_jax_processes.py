@@ -15,6 +15,8 @@ from keras_loraplus.adapters import files
 if keras.backend.backend() != "jax":
     pytest.skip("jax.distributed is JAX's", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 NAMES = ["data", "model"]
 
 

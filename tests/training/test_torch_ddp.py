@@ -12,6 +12,8 @@ from tolerances import FLOAT32, FUSED_20_STEPS, assert_close
 if keras.backend.backend() != "torch":
     pytest.skip("DistributedDataParallel is torch's", allow_module_level=True)
 
+pytestmark = pytest.mark.devices
+
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
