@@ -54,10 +54,11 @@ def enable_lora_plus(
         model: A built `keras.Model`, a KerasHub backbone or a KerasHub task.
         rank: Positive integer r. Defaults to 8.
         alpha: Strength of the adapters; `None` means each layer's rank, a scale of 1.
-        targets: `None` for `backbone.default_lora_layer_names()` on KerasHub and, elsewhere, every
-            supported layer but those that produce the outputs; `"all-linear"` for every `Dense`
-            and `EinsumDense` but those; or layer names and regular expressions that fullmatch a
-            layer path.
+        targets: `None` for `backbone.default_lora_layer_names()` on KerasHub (`"all-linear"` where
+            a backbone has none of them) and, elsewhere, every supported layer but those that
+            produce the outputs; `"all-linear"` for every `Dense` and `EinsumDense` but those, or,
+            in a model that has neither, every convolution; or layer names and regular expressions
+            that fullmatch a layer path.
         exclude: Names and regular expressions of targeted layers to leave out.
         init: `"loraplus"` (A zero, B random), `"lora"` (A random, B zero) or a pair of Keras
             initializers.

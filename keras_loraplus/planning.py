@@ -11,11 +11,14 @@ import keras
 
 from keras_loraplus import _compat
 from keras_loraplus.bypass import bypassed_layers
+from keras_loraplus.handwritten import why_not_adaptable
 from keras_loraplus.layers import AdapterSpec, is_adapted, lora_class_for, why_not_adoptable
 from keras_loraplus.outputs import output_layers
+from keras_loraplus.reach import uncalled_layers
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +85,18 @@ def make_plan(model, targets, exclude, trainable, spec_arguments, rank_pattern, 
     wanted = _targeted(candidates, targets, scope)
     excluded = _excluded(wanted, _as_list(exclude, "exclude"))
     wanted = [layer for layer in wanted if id(layer) not in excluded]
-    bypassed = bypassed_layers(_compat.flatten_layers(scope))
-    reasons = {id(la): why_not_adoptable(la) or bypassed.get(id(la)) for la in wanted}
+    out_of_reach = bypassed_layers(_compat.flatten_layers(scope))
+    out_of_reach.update(uncalled_layers(model, scope))
+    by_hand = {id(la): why_not_adaptable(la) for la in candidates}
+    if targets is None or targets == ALL_LINEAR:
+        # Nobody named these, and nobody should believe that they are adapted.
+        listed = {id(la) for la in wanted}
+        listed |= {id(la) for la in candidates if by_hand[id(la)]} - excluded
+        wanted = [la for la in candidates if id(la) in listed]
+    reasons = {
+        id(la): by_hand[id(la)] or out_of_reach.get(id(la)) or why_not_adoptable(la)
+        for la in wanted
+    }
     for layer in _inside_weight_wrappers(layers):
         if id(layer) in reasons:
             reasons[id(layer)] = "a wrapper (SpectralNormalization) rewrites its kernel"
@@ -118,6 +131,9 @@ def _check_model(model):
         )
     layers = _compat.flatten_layers(model)
     unbuilt = [la.name for la in layers if lora_class_for(type(la)) and not la.built]
+    if model.built and _compat.is_functional(model):
+        # The graph has called all that it uses: a block keeps these and never calls them.
+        unbuilt = []
     if not model.built or unbuilt:
         raise ValueError(
             f"The model '{model.name}' is not built, so that its kernels do not exist yet"
@@ -190,12 +206,14 @@ def _check_pattern(pattern, argument):
 
 def _targeted(candidates, targets, scope):
     if targets is None and _is_hub(scope):
-        targets = scope.default_lora_layer_names()
-        return [la for la in candidates if any(matches(target, la) for target in targets)]
+        names = scope.default_lora_layer_names()
+        named = [la for la in candidates if any(matches(name, la) for name in names)]
+        # Convolutional backbones have no layers of these names, and some transformers others.
+        return named or _all_linear(candidates)
     if targets is None:
         return candidates
     if targets == ALL_LINEAR:
-        return [layer for layer in candidates if isinstance(layer, _LINEAR)]
+        return _all_linear(candidates)
     targets = _as_list(targets, "targets")
     unmatched = [t for t in targets if not any(matches(t, la) for la in candidates)]
     if unmatched or not targets:
@@ -205,6 +223,12 @@ def _targeted(candidates, targets, scope):
             + _adaptable_listing(candidates)
         )
     return [la for la in candidates if any(matches(target, la) for target in targets)]
+
+
+def _all_linear(candidates):
+    """Returns the dense layers, or, where there are none, the convolutions."""
+    dense = [layer for layer in candidates if isinstance(layer, _LINEAR)]
+    return dense or [layer for layer in candidates if isinstance(layer, _CONVOLUTIONS)]
 
 
 def _asked(targets, scope):

@@ -169,13 +169,45 @@ def test_a_language_model_with_a_reversible_embedding():
     assert_close(to_numpy(task(x)), adapted, FLOAT32_MODEL)
 
 
-def test_a_backbone_whose_default_targets_do_not_exist():
-    """FNet has no attention; the error says what was looked for and what there is."""
-    backbone = keras_hub.models.FNetBackbone(
+def test_default_targets_of_a_backbone_without_such_layers():
+    """FNet has no attention, a ResNet no dense layer: all that is linear stands in."""
+    fnet = keras_hub.models.FNetBackbone(
         vocabulary_size=31, num_layers=1, hidden_dim=8, intermediate_dim=12
     )
-    with pytest.raises(ValueError) as error:
-        klp.enable_lora_plus(backbone, rank=2)
-    message = str(error.value)
-    assert f"default_lora_layer_names: {backbone.default_lora_layer_names()}" in message
-    assert "token_embedding" in message
+    report = klp.enable_lora_plus(fnet, rank=2)
+    assert {layer.layer_class for layer in report.adapted} == {"Dense"}
+    assert len(report.adapted) == 4
+    resnet = keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[3],
+        stackwise_num_filters=[64],
+        stackwise_num_blocks=[1],
+        stackwise_num_strides=[1],
+        block_type="basic_block",
+        image_shape=(8, 8, 3),
+    )
+    report = klp.enable_lora_plus(resnet, rank=2)
+    assert [layer.layer_class for layer in report.adapted] == ["Conv2D"] * 3
+
+
+def test_experts_are_reported_as_not_adaptable():
+    backbone = keras_hub.models.MixtralBackbone(
+        vocabulary_size=31,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=12,
+        num_experts=3,
+    )
+    for targets in (None, "all-linear"):
+        report = klp.enable_lora_plus(backbone, rank=2, targets=targets)
+        ((path, reason),) = report.skipped
+        assert path.endswith("sparse_moe_block/experts") or "moe" in path
+        assert "MixtralMoeExperts is not a layer type that adapters exist for" in reason
+        assert "expert_feedforward_gate_dense (3, 8, 12)" in reason
+        assert reason in str(report)
+        klp.merge_lora_plus(backbone)
+    names = [".*experts.*", "query"]
+    with pytest.raises(ValueError, match="matched only layers that cannot be adapted"):
+        klp.enable_lora_plus(backbone, rank=2, targets=names)
