@@ -1,0 +1,255 @@
+"""Every backbone class of KerasHub in a tiny configuration, and what is asked of each of them.
+
+`run_checks(case)` returns a finding for every check, so that a test can name all that failed and
+the table in `docs/compatibility.md` can be written.
+"""
+
+import dataclasses
+import os
+import re
+import tempfile
+
+import keras
+import keras_hub
+import numpy as np
+from hub_cases import dense_prediction, multimodal, pipelines, text, vision
+from keras import ops
+from lora_cases import snapshot
+from tolerances import FLOAT32_MODEL, assert_close, relative_error
+
+import keras_loraplus as klp
+from keras_loraplus.layers import is_adapted
+
+_MODULES = (text, vision, dense_prediction, multimodal, pipelines)
+CASES = {case.name: case for module in _MODULES for case in module.CASES}
+
+TARGETS = (None, "all-linear")
+
+CHECKS = ("enables", "unchanged", "trains", "every path", "saves and loads", "merges")
+
+# Enough of a change for every path: the smallest effects are those of attention scores.
+MOVES = 1e-6
+
+
+def concrete_classes():
+    """Returns the names of each backbone class that KerasHub exports and that can be made."""
+    abstract = (keras_hub.models.Backbone, keras_hub.models.FeaturePyramidBackbone)
+    found = {}
+    for name, exported in vars(keras_hub.models).items():
+        if name.endswith("Backbone") and exported not in abstract:
+            found.setdefault(exported, []).append(name)
+    return found
+
+
+class Flat(keras.Model):
+    """A model around a backbone: all its real outputs side by side, one row a sample."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def call(self, inputs, training=None):
+        # Without it, the `training=True` of a `Resizing` reaches the layers behind it.
+        outputs = keras.tree.flatten(self.backbone(inputs, training=training))
+        real = [x for x in outputs if "float" in keras.backend.standardize_dtype(x.dtype)]
+        rows = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        batched = [x for x in real if x.shape[0] != 1]
+        return ops.concatenate([ops.reshape(x, (rows, -1)) for x in batched], axis=-1)
+
+
+def make(case):
+    """Returns a backbone of a case, in which no trainable weight is zero or at a special value."""
+    keras.utils.set_random_seed(1)
+    backbone = case.make()
+    rng = np.random.default_rng(3)
+    for variable in backbone.trainable_variables:
+        # With the initial values, what keeps signals as large from layer to layer.
+        scale = min(0.2, 1.0 / np.sqrt(np.prod(variable.shape[:-1])))
+        noise = rng.normal(scale=scale, size=variable.shape).astype("float32")
+        variable.assign(ops.convert_to_numpy(variable) + noise)
+    return backbone
+
+
+def adapted_layers(model):
+    return [layer for layer in model._flatten_layers() if is_adapted(layer)]
+
+
+def places(model):
+    """Returns where the adapted layers stand among all, free of automatic names."""
+    return tuple(at for at, layer in enumerate(model._flatten_layers()) if is_adapted(layer))
+
+
+def factors(model):
+    return [v for layer in adapted_layers(model) for v in layer.adapter_variables().values()]
+
+
+def set_factors(model, seed=11, scale=0.5):
+    rng = np.random.default_rng(seed)
+    for variable in factors(model):
+        variable.assign(rng.normal(scale=scale, size=variable.shape).astype("float32"))
+
+
+def check_variables(model, report):
+    """No variable twice, none missing: what trains is A and B of every reported path."""
+    for variables in (model.weights, model.trainable_variables):
+        ids = [id(variable) for variable in variables]
+        assert len(ids) == len(set(ids)), "a variable is listed twice"
+    expected = factors(model)
+    assert len(expected) >= 2 * len(report.adapted) > 0
+    found = {id(variable) for variable in model.trainable_variables}
+    assert found == {id(variable) for variable in expected}, "what trains is not what was adapted"
+    paths = [layer.path for layer in report.adapted]
+    assert len(adapted_layers(model)) == len(paths), "a layer is reported twice or not at all"
+    unlisted = handwritten(model) - {path for path, _ in report.skipped}
+    assert not unlisted, f"hold matrices and are not reported: {unlisted}"
+
+
+def handwritten(model):
+    """Returns the paths of layers that are of no adaptable type and hold a kernel themselves."""
+    known = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
+    convolutions = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+    tables = re.compile("bias|embed|pos|token|gamma|beta|moving")
+    return {
+        layer.path
+        for layer in model._flatten_layers()
+        if not isinstance(layer, known + convolutions)
+        and any(
+            sum(size > 1 for size in variable.shape) >= 2 and not tables.search(variable.name)
+            for variable in layer._trainable_variables + layer._non_trainable_variables
+        )
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one run found: a finding a check, the places of adapted layers, and the report's list.
+
+    A finding is None for a check that passed, and what went wrong elsewhere.
+    """
+
+    findings: dict
+    adapted: tuple
+    skipped: tuple
+
+    @property
+    def failures(self):
+        return {name: finding for name, finding in self.findings.items() if finding}
+
+
+class Run:
+    """The checks of one backbone with one set of targets, in an order that needs two models."""
+
+    def __init__(self, case, targets):
+        self.case, self.targets = case, targets
+        self.inputs = case.inputs()
+        self.adapted, self.skipped = (), ()
+
+    def enable(self):
+        backbone = make(self.case)
+        model = Flat(backbone)
+        before = model.predict_on_batch(self.inputs)
+        report = klp.enable_lora_plus(backbone, rank=2, targets=self.targets)
+        model.predict_function = None
+        return model, before, report
+
+    def enables(self):
+        self.model, self.before, report = self.enable()
+        self.adapted, self.skipped = places(self.model.backbone), report.skipped
+        check_variables(self.model.backbone, report)
+
+    def unchanged(self):
+        assert np.isfinite(self.before).all(), "the outputs of the backbone are not finite"
+        assert_close(self.model.predict_on_batch(self.inputs), self.before, FLOAT32_MODEL)
+
+    def trains(self):
+        model = self.model
+        goal = np.random.default_rng(5).normal(size=self.before.shape).astype("float32")
+        still = [v for v in model.weights if not v.trainable and "seed" not in v.path]
+        frozen, moving = snapshot(still), snapshot(factors(model))
+        model.compile(klp.LoRAPlusAdamW(1e-2, weight_decay=0.0), loss="mse")
+        model.fit(self.inputs, goal, epochs=2, verbose=0)
+        changed = [
+            variable.path
+            for variable, value in zip(still, frozen, strict=True)
+            if not np.array_equal(ops.convert_to_numpy(variable), value)
+        ]
+        assert not changed, f"frozen, and changed by training: {changed}"
+        stuck = [
+            variable.path
+            for variable, value in zip(factors(model), moving, strict=True)
+            if np.array_equal(ops.convert_to_numpy(variable), value)
+        ]
+        assert not stuck, f"not moved by two steps: {stuck}"
+        broken = [v.path for v in factors(model) if not np.isfinite(ops.convert_to_numpy(v)).all()]
+        assert not broken, f"not finite after two steps: {broken}"
+
+    def every_path(self):
+        set_factors(self.model)
+        model, paths = self.model, []
+        outputs = model.predict_on_batch(self.inputs)
+        for layer in adapted_layers(model):
+            scaling = layer.lora_scaling
+            value = ops.convert_to_numpy(scaling)
+            scaling.assign(0.0 * value)
+            error = relative_error(model.predict_on_batch(self.inputs), outputs)
+            if error < MOVES:
+                paths.append(layer.path)
+            scaling.assign(value)
+        assert not paths, f"A and B do not reach the output: {paths}"
+
+    def saves_and_loads(self):
+        set_factors(self.model)
+        self.outputs = self.model.predict_on_batch(self.inputs)
+        assert relative_error(self.outputs, self.before) > 1e-3
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "adapter.safetensors")
+            klp.save_adapter(self.model.backbone, path)
+            twin, _, _ = self.enable()
+            klp.load_adapter(twin.backbone, path)
+        assert_close(twin.predict_on_batch(self.inputs), self.outputs, FLOAT32_MODEL)
+        for mine, theirs in zip(factors(self.model), factors(twin), strict=True):
+            np.testing.assert_array_equal(*snapshot([mine, theirs]))
+
+    def merges(self):
+        klp.merge_lora_plus(self.model.backbone)
+        assert adapted_layers(self.model) == []
+        assert_close(self.model.predict_on_batch(self.inputs), self.outputs, FLOAT32_MODEL)
+        assert not any("lora_kernel" in v.path for v in self.model.weights)
+
+
+def run_checks(case):
+    """Runs all checks, with the default targets and with `"all-linear"`.
+
+    Args:
+        case: A `Case`.
+
+    Returns:
+        Dict from targets to `Result`. Where both mean the same layers, one run stands for both.
+    """
+    everything = _run(case, "all-linear")
+    if everything.adapted and everything.adapted == _default_places(case):
+        return {None: everything, "all-linear": everything}
+    return {None: _run(case, None), "all-linear": everything}
+
+
+def _default_places(case):
+    backbone = make(case)
+    try:
+        klp.enable_lora_plus(backbone, rank=2)
+    except ValueError:
+        return None
+    return places(backbone)
+
+
+def _run(case, targets):
+    run, findings = Run(case, targets), {}
+    for name in CHECKS:
+        try:
+            getattr(run, name.replace(" ", "_"))()
+            findings[name] = None
+        except Exception as error:  # whatever it is goes into the table
+            findings[name] = f"{type(error).__name__}: {error}"
+            if name == "enables":
+                findings.update(dict.fromkeys(CHECKS[1:], "not run: enabling failed"))
+                break
+    return Result(findings, run.adapted, run.skipped)
