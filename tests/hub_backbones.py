@@ -23,9 +23,28 @@ from keras_loraplus.layers import is_adapted
 _MODULES = (text, vision, dense_prediction, multimodal, pipelines)
 CASES = {case.name: case for module in _MODULES for case in module.CASES}
 
-TARGETS = (None, "all-linear")
+CHECKS = ("enables", "unchanged", "every path", "trains", "saves and loads", "merges")
 
-CHECKS = ("enables", "unchanged", "trains", "every path", "saves and loads", "merges")
+# One of each kind, for the backends on which not every class is run: an encoder, a decoder,
+# experts, both, convolutions with batch normalisation, patches, two towers, sound.
+SAMPLE = (
+    "BertBackbone",
+    "GemmaBackbone",
+    "MixtralBackbone",
+    "T5Backbone",
+    "EfficientNetBackbone",
+    "ViTBackbone",
+    "CLIPBackbone",
+    "WhisperBackbone",
+)
+
+# (class, backend or None for all) -> check -> why it does not pass; "all" where none can be run.
+KNOWN = {
+    ("SAM3PromptableConceptBackbone", "torch"): {
+        "all": "on torch KerasHub 0.32 calls `torchvision.ops.roi_align`, and torchvision is not "
+        "among the pinned packages"
+    },
+}
 
 # Enough of a change for every path: the smallest effects are those of attention scores.
 MOVES = 1e-6
@@ -83,10 +102,14 @@ def factors(model):
     return [v for layer in adapted_layers(model) for v in layer.adapter_variables().values()]
 
 
-def set_factors(model, seed=11, scale=0.5):
+def set_factors(model, seed=11):
+    """Makes every A and B non-zero, at sizes at which s A B changes x W by about half."""
     rng = np.random.default_rng(seed)
-    for variable in factors(model):
-        variable.assign(rng.normal(scale=scale, size=variable.shape).astype("float32"))
+    for layer in adapted_layers(model):
+        for name, variable in layer.adapter_variables().items():
+            fan_in = np.prod(variable.shape[:-1]) if name.endswith("_a") else 4
+            value = rng.normal(scale=fan_in**-0.5, size=variable.shape)
+            variable.assign(value.astype("float32"))
 
 
 def check_variables(model, report):
@@ -137,23 +160,24 @@ class Result:
 
 
 class Run:
-    """The checks of one backbone with one set of targets, in an order that needs two models."""
+    """The checks of one backbone with one set of targets.
 
-    def __init__(self, case, targets):
-        self.case, self.targets = case, targets
+    One model is enabled, perturbed, saved and merged; its twin is trained, then loads the adapter.
+    The order of the checks is that of `CHECKS`, in which each compiled function serves the most.
+    """
+
+    def __init__(self, case, targets, before):
+        self.case, self.targets, self.before = case, targets, before
         self.inputs = case.inputs()
         self.adapted, self.skipped = (), ()
 
     def enable(self):
-        backbone = make(self.case)
-        model = Flat(backbone)
-        before = model.predict_on_batch(self.inputs)
-        report = klp.enable_lora_plus(backbone, rank=2, targets=self.targets)
-        model.predict_function = None
-        return model, before, report
+        model = Flat(make(self.case))
+        return model, klp.enable_lora_plus(model.backbone, rank=2, targets=self.targets)
 
     def enables(self):
-        self.model, self.before, report = self.enable()
+        self.model, report = self.enable()
+        self.twin, _ = self.enable()
         self.adapted, self.skipped = places(self.model.backbone), report.skipped
         check_variables(self.model.backbone, report)
 
@@ -161,60 +185,62 @@ class Run:
         assert np.isfinite(self.before).all(), "the outputs of the backbone are not finite"
         assert_close(self.model.predict_on_batch(self.inputs), self.before, FLOAT32_MODEL)
 
+    def every_path(self):
+        set_factors(self.model)
+        self.outputs = self.model.predict_on_batch(self.inputs)
+        assert relative_error(self.outputs, self.before) > 1e-3
+        lost = []
+        for layer in adapted_layers(self.model):
+            value = ops.convert_to_numpy(layer.lora_scaling)
+            layer.lora_scaling.assign(0.0 * value)
+            if relative_error(self.model.predict_on_batch(self.inputs), self.outputs) < MOVES:
+                lost.append(layer.path)
+            layer.lora_scaling.assign(value)
+        assert not lost, f"A and B do not reach the output: {lost}"
+
     def trains(self):
-        model = self.model
+        model = self.twin
         goal = np.random.default_rng(5).normal(size=self.before.shape).astype("float32")
         still = [v for v in model.weights if not v.trainable and "seed" not in v.path]
         frozen, moving = snapshot(still), snapshot(factors(model))
-        model.compile(klp.LoRAPlusAdamW(1e-2, weight_decay=0.0), loss="mse")
+        model.compile(klp.LoRAPlusAdamW(1e-2, weight_decay=0.0), loss=sum_of_squares)
         model.fit(self.inputs, goal, epochs=2, verbose=0)
-        changed = [
-            variable.path
-            for variable, value in zip(still, frozen, strict=True)
-            if not np.array_equal(ops.convert_to_numpy(variable), value)
-        ]
+        changed = paths_of(still, frozen, equal=False)
         assert not changed, f"frozen, and changed by training: {changed}"
-        stuck = [
-            variable.path
-            for variable, value in zip(factors(model), moving, strict=True)
-            if np.array_equal(ops.convert_to_numpy(variable), value)
-        ]
+        stuck = paths_of(factors(model), moving, equal=True)
         assert not stuck, f"not moved by two steps: {stuck}"
         broken = [v.path for v in factors(model) if not np.isfinite(ops.convert_to_numpy(v)).all()]
         assert not broken, f"not finite after two steps: {broken}"
 
-    def every_path(self):
-        set_factors(self.model)
-        model, paths = self.model, []
-        outputs = model.predict_on_batch(self.inputs)
-        for layer in adapted_layers(model):
-            scaling = layer.lora_scaling
-            value = ops.convert_to_numpy(scaling)
-            scaling.assign(0.0 * value)
-            error = relative_error(model.predict_on_batch(self.inputs), outputs)
-            if error < MOVES:
-                paths.append(layer.path)
-            scaling.assign(value)
-        assert not paths, f"A and B do not reach the output: {paths}"
-
     def saves_and_loads(self):
-        set_factors(self.model)
-        self.outputs = self.model.predict_on_batch(self.inputs)
-        assert relative_error(self.outputs, self.before) > 1e-3
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "adapter.safetensors")
             klp.save_adapter(self.model.backbone, path)
-            twin, _, _ = self.enable()
-            klp.load_adapter(twin.backbone, path)
-        assert_close(twin.predict_on_batch(self.inputs), self.outputs, FLOAT32_MODEL)
-        for mine, theirs in zip(factors(self.model), factors(twin), strict=True):
+            klp.load_adapter(self.twin.backbone, path)
+        for mine, theirs in zip(factors(self.model), factors(self.twin), strict=True):
             np.testing.assert_array_equal(*snapshot([mine, theirs]))
+        assert_close(self.twin.predict_on_batch(self.inputs), self.outputs, FLOAT32_MODEL)
 
     def merges(self):
         klp.merge_lora_plus(self.model.backbone)
         assert adapted_layers(self.model) == []
+        self.model.predict_function = None
         assert_close(self.model.predict_on_batch(self.inputs), self.outputs, FLOAT32_MODEL)
-        assert not any("lora_kernel" in v.path for v in self.model.weights)
+        assert not any("lora_" in v.name for v in self.model.weights)
+
+
+def sum_of_squares(goal, outputs):
+    """Not the mean, whose gradients come near Adam's epsilon in the deepest backbones."""
+    return ops.sum(ops.square(goal - outputs), axis=-1)
+
+
+def paths_of(variables, values, equal):
+    """Returns the paths of variables that are, or are not, equal to earlier values."""
+    return [
+        variable.path
+        for variable, value in zip(variables, values, strict=True)
+        if np.array_equal(ops.convert_to_numpy(variable), value) == equal
+    ]
 
 
 def run_checks(case):
@@ -226,10 +252,11 @@ def run_checks(case):
     Returns:
         Dict from targets to `Result`. Where both mean the same layers, one run stands for both.
     """
-    everything = _run(case, "all-linear")
+    before = Flat(make(case)).predict_on_batch(case.inputs())
+    everything = _run(case, "all-linear", before)
     if everything.adapted and everything.adapted == _default_places(case):
         return {None: everything, "all-linear": everything}
-    return {None: _run(case, None), "all-linear": everything}
+    return {None: _run(case, None, before), "all-linear": everything}
 
 
 def _default_places(case):
@@ -241,8 +268,8 @@ def _default_places(case):
     return places(backbone)
 
 
-def _run(case, targets):
-    run, findings = Run(case, targets), {}
+def _run(case, targets, before):
+    run, findings = Run(case, targets, before), {}
     for name in CHECKS:
         try:
             getattr(run, name.replace(" ", "_"))()
