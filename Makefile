@@ -3,6 +3,7 @@
 #   make demo        fine-tune a real pretrained model; ARGS="--compare" passes options on
 #   make test        lint, types, the suite on each backend, and the built wheel
 #   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
+#   make test-compatibility   every KerasHub backbone on JAX, a sample on the others
 #   make lint        ruff, mypy and import rules
 #   make bench       measure against every peer; ARGS="--cases optimizer_step" passes options on
 #   make coverage    the suite on each backend, with one combined report
@@ -19,7 +20,7 @@ EXTRAS := examples,tensorflow,jax,torch,peft,dev
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test lint wheel bench coverage clean $(BACKENDS:%=test-%)
+.PHONY: setup demo test test-compatibility compatibility-table lint wheel bench coverage clean $(BACKENDS:%=test-%)
 
 setup: $(STAMP)
 
@@ -35,15 +36,34 @@ demo: $(STAMP)
 # Each part runs whatever the others found; the exit code is that of the worst.
 test: $(STAMP)
 	@failed=""; \
-	for part in lint wheel $(BACKENDS:%=test-%); do \
+	for part in lint wheel $(BACKENDS:%=test-%) test-compatibility; do \
 	    echo "== $$part"; \
 	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; \
-	echo "All parts passed: lint, wheel, $(BACKENDS)"
+	echo "All parts passed: lint, wheel, $(BACKENDS), compatibility"
 
 $(BACKENDS:%=test-%): test-%: $(STAMP)
 	KERAS_BACKEND=$* $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+# The models are tiny and each is compiled several times: what XLA spends on optimising is for naught.
+COMPILE_FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
+test-compatibility: $(STAMP)
+	@failed=""; \
+	for backend in $(BACKENDS); do \
+	    echo "== compatibility on $$backend"; \
+	    KERAS_BACKEND=$$backend XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python -m pytest -q -n $(WORKERS) \
+	        -m compatibility tests/compatibility $(ARGS) || failed="$$failed $$backend"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "FAILED: compatibility on$$failed"; exit 1; fi
+
+# docs/compatibility.md anew: all classes on every backend, class by class. ARGS="--missing" goes on.
+compatibility-table: $(STAMP)
+	for backend in $(BACKENDS); do \
+	    KERAS_BACKEND=$$backend XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python \
+	        tools/compatibility_table.py $(ARGS) || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
