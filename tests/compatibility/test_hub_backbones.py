@@ -6,7 +6,9 @@ On JAX all of them; elsewhere a sample, unless `COMPATIBILITY=all` is set.
 import os
 
 import pytest
-from hub_backbones import CASES, KNOWN, SAMPLE, concrete_classes, run_checks
+from hub_backbones import CASES, KNOWN, SAMPLE, concrete_classes, run_checks, set_factors
+
+import keras_loraplus as klp
 
 pytestmark = [
     pytest.mark.compatibility,
@@ -43,3 +45,25 @@ def test_backbone(name, backend):
         assert not unexpected, f"targets={targets!r}: {unexpected}"
         mended = set(known) - set(failures)
         assert not mended, f"targets={targets!r}: known to fail, and pass: {mended}"
+
+
+def test_the_checks_can_fail(monkeypatch):
+    """A merge of another delta, an optimizer that stands still, a report without its list."""
+    merge, optimizer = klp.merge_lora_plus, klp.LoRAPlusAdamW
+
+    def wrong_merge(model):
+        set_factors(model, seed=12)
+        return merge(model)
+
+    def still(learning_rate, **kwargs):
+        return optimizer(0.0, **kwargs)
+
+    monkeypatch.setattr(klp, "merge_lora_plus", wrong_merge)
+    monkeypatch.setattr(klp, "LoRAPlusAdamW", still)
+    failures = run_checks(CASES["BertBackbone"])["all-linear"].failures
+    assert set(failures) == {"trains", "merges"}
+    assert "not moved by two steps" in failures["trains"]
+    assert "relative error" in failures["merges"]
+    monkeypatch.setattr("keras_loraplus.planning.why_not_adaptable", lambda layer: None)
+    failures = run_checks(CASES["MixtralBackbone"])["all-linear"].failures
+    assert "hold matrices and are not reported" in failures["enables"]
