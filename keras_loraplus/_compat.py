@@ -1138,3 +1138,16 @@ def wait_for_all_processes():
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()
+
+
+# --- compatibility with every KerasHub backbone: what a graph calls -------------------------------
+
+
+def runs_its_graph(layer):
+    """Whether a functional model calls what its graph holds, and nothing else.
+
+    A subclass of `keras.src.models.Functional` (3.15.1) may override `call` and use more layers.
+    """
+    from keras.src.models import Functional
+
+    return isinstance(layer, Functional) and type(layer).call is Functional.call

@@ -131,7 +131,7 @@ def _check_model(model):
         )
     layers = _compat.flatten_layers(model)
     unbuilt = [la.name for la in layers if lora_class_for(type(la)) and not la.built]
-    if model.built and _compat.is_functional(model):
+    if model.built and _compat.runs_its_graph(model):
         # The graph has called all that it uses: a block keeps these and never calls them.
         unbuilt = []
     if not model.built or unbuilt:

@@ -15,10 +15,10 @@ def uncalled_layers(model, scope):
         scope: The part of it whose layers are looked at.
 
     Returns:
-        Dict from `id(layer)` to a short text; empty unless both are functional, because nothing
-        else says what it calls.
+        Dict from `id(layer)` to a short text; empty unless both are functional and leave `call` as
+        it is, because nothing else says what it calls.
     """
-    if not (_compat.is_functional(model) and _compat.is_functional(scope)):
+    if not (_compat.runs_its_graph(model) and _compat.runs_its_graph(scope)):
         return {}
     called: set = set()
     _collect(model, called)
@@ -37,7 +37,7 @@ def _collect(functional, called):
     for operation in functional.operations:
         if id(operation) in called or not hasattr(operation, "weights"):
             continue
-        if _compat.is_functional(operation):
+        if _compat.runs_its_graph(operation):
             _collect(operation, called)
         else:
             called.update(id(layer) for layer in _compat.flatten_layers(operation))

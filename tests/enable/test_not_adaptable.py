@@ -103,6 +103,25 @@ def test_a_layer_out_of_the_graph_is_reported():
     assert "does not call it, so that the outputs do not depend on it" in reason
 
 
+class BeyondItsGraph(keras.Model):
+    """A functional model whose `call` uses a layer that its graph does not hold."""
+
+    def __init__(self):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, layers.Dense(4, name="first")(inputs))
+        self.second = layers.Dense(4, name="second")
+        self.second.build((None, 4))
+
+    def call(self, inputs, training=None, mask=None):
+        return self.second(super().call(inputs, training=training, mask=mask))
+
+
+def test_a_functional_model_with_its_own_call_may_use_every_layer():
+    report = klp.enable_lora_plus(BeyondItsGraph(), rank=2, targets=["first", ".*second"])
+    assert len(report.adapted) == 2
+    assert report.skipped == ()
+
+
 def test_the_graph_of_the_outer_model_counts_too():
     """A part that only a task calls is adapted through the task."""
     inputs = keras.Input((4,))
