@@ -134,7 +134,7 @@ def table(found, checks):
         counts.append(f"{backend}: {green} of {len(found[backend])} run")
     page = [
         INTRODUCTION.format(versions=versions()),
-        f"All checks pass on {'; '.join(counts)}.",
+        f"Classes on which all checks pass: {'; '.join(counts)}.",
         "",
     ]
     page += lines
