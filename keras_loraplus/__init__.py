@@ -1,6 +1,6 @@
 """LoRA+ for Keras 3: low-rank layers and optimizers with a learning-rate ratio."""
 
-from keras_loraplus import callbacks, layers, optimizers
+from keras_loraplus import callbacks, layers, optimizers, tuning
 from keras_loraplus.adapters import inspect_adapter, load_adapter, load_weights, save_adapter
 from keras_loraplus.adapters.peft import export_peft, import_peft
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
@@ -41,4 +41,5 @@ __all__ = [
     "requantization_errors",
     "save_adapter",
     "set_adapter",
+    "tuning",
 ]

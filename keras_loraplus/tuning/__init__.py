@@ -1,0 +1,7 @@
+"""Choosing learning rates: sweeps, pictures of them, and what to start from."""
+
+from keras_loraplus.tuning.cells import Cell
+from keras_loraplus.tuning.result import SweepResult, load
+from keras_loraplus.tuning.sweep import sweep
+
+__all__ = ["Cell", "SweepResult", "load", "sweep"]
