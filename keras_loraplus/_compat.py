@@ -1151,3 +1151,51 @@ def runs_its_graph(layer):
     from keras.src.models import Functional
 
     return isinstance(layer, Functional) and type(layer).call is Functional.call
+
+
+# --- LoRAPlusMonitor: what adapters receive in a forward pass -------------------------------------
+
+
+def without_gradients():
+    """Runs a block without recording gradients.
+
+    Keras (3.15.1) has no public word for it; torch 2.13 would keep every activation otherwise. The
+    other backends record only where they are asked to.
+    """
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+@contextlib.contextmanager
+def methods_replaced(replacements):
+    """Replaces methods of single layers within the block.
+
+    An entry in the instance's dictionary is what `self.method` finds first; it goes past
+    `Layer.__setattr__` and the trackers of TensorFlow and torch (3.15.1), and leaves nothing
+    behind.
+
+    Args:
+        replacements: Tuples (layer, name of the method, function that takes its place).
+    """
+    before = [(layer, name, layer.__dict__.get(name)) for layer, name, _ in replacements]
+    try:
+        for layer, name, function in replacements:
+            layer.__dict__[name] = function
+        yield
+    finally:
+        for layer, name, value in before:
+            if value is None:
+                layer.__dict__.pop(name, None)
+            else:
+                layer.__dict__[name] = value
+
+
+def gradient_accumulation_steps(optimizer):
+    """Returns after how many steps an optimizer changes the variables.
+
+    The attribute of that name (3.15.1) is None for 1 and is not in the documentation.
+    """
+    return innermost_optimizer(optimizer).gradient_accumulation_steps or 1

@@ -11,6 +11,9 @@ from keras_loraplus.adapters.checkpoint import (
     restore_checkpoint,
     write_checkpoint,
 )
+from keras_loraplus.monitor import LoRAPlusMonitor
+
+__all__ = ["AdapterCheckpoint", "LoRAPlusMonitor"]
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
