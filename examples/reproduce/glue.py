@@ -1,0 +1,237 @@
+"""The article's GLUE figure: accuracy over the rates of A and B, and the ratios of the best cells.
+
+    python examples/reproduce/glue.py --storage sweeps --data cola=DIR sst2=DIR mrpc=DIR ...
+
+By default in small (configs/minilm.toml): MiniLM-L6 on CoLA, SST-2, MRPC, Banking77 and Reuters R8,
+a 5 x 5 grid, two seeds; plain LoRA has as many cells as LoRA+. `--config` names another setting,
+such as configs/roberta.toml, the article's own. Stop it whenever you like: started again with the
+same storage, it goes on, and several processes may share one storage. After each finished sweep
+results/glue.json and the pictures are written again.
+"""
+
+import json
+import pathlib
+import time
+import tomllib
+
+import common
+import numpy as np
+import tasks
+
+from text_classification import report
+from text_classification.console import InputError, Parser, choose_backend, quiet_stderr, run
+from text_classification.downloads import MINILM, fetch
+
+CONFIGS = pathlib.Path(__file__).with_name("configs")
+# A task is called hard where plain LoRA, tuned, still has more than this share of errors.
+HARD = 0.15
+
+
+def read_config(path):
+    return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def preset_of(config):
+    return str(fetch(MINILM)) if config["preset"] == "minilm" else config["preset"]
+
+
+def encode(preset, part, sequence_length):
+    """Returns the model's inputs, as arrays, and the labels."""
+    import keras_hub
+
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+        preset, sequence_length=sequence_length
+    )
+    texts = part.first if part.second is None else (part.first, part.second)
+    # A pair of lists by itself would be taken for texts and labels.
+    values, labels = preprocessor(texts, part.labels)
+    return {name: np.asarray(value) for name, value in values.items()}, labels
+
+
+def sweep_task(config, task, preset, init, storage, progress=True):
+    """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`."""
+    import keras
+
+    import keras_loraplus as klp
+    from keras_loraplus import tuning
+    from text_classification import training
+
+    keras.config.set_dtype_policy(config["dtype"])
+    parts = {
+        name: encode(preset, getattr(task, name), config["sequence_length"])
+        for name in ("train", "validation", "test")
+    }
+
+    def build(cell):
+        model = training.build_classifier(preset, len(task.classes))
+        klp.enable_lora_plus(model, rank=config["rank"], init=init)
+        return model
+
+    about = {
+        "task": task.name,
+        "init": init,
+        **{k: config[k] for k in ("preset", "rank", "sequence_length", "dtype")},
+        "classes": len(task.classes),
+        "most_frequent_class": float(np.mean(task.validation.labels == _mode(task.train.labels))),
+        "rows": {name: len(labels) for name, (_, labels) in parts.items()},
+    }
+    return tuning.sweep(
+        build,
+        parts["train"],
+        parts["validation"],
+        test=parts["test"],
+        eta_a=config["eta_a"],
+        eta_b=config["eta_b"],
+        head_rate=config["head_rate"],
+        seeds=config["seeds"],
+        epochs=config["epochs"],
+        batch_size=config["batch_size"],
+        schedule=config["schedule"],
+        monitor="accuracy",
+        metrics=["accuracy"],
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        about=about,
+        storage=storage,
+        name=f"{task.name}/{init}",
+        progress=progress,
+    )
+
+
+def _mode(labels):
+    return int(np.bincount(labels).argmax())
+
+
+def summary(result):
+    """Returns what the text may claim of one sweep, as plain data."""
+    cells = {arm: result.cells(arm) for arm in ("loraplus", "lora")}
+    best = {arm: found[0] if found else None for arm, found in cells.items()}
+    about = result.setup["about"]
+    tests = {
+        arm: [r["test_metrics"]["accuracy"] for r in result.test if r["arm"] == arm]
+        for arm in cells
+    }
+    picked = ("eta_a", "eta_b", "lr_ratio", "mean", "std", "values")
+    plain = best["lora"]
+    return {
+        "task": about["task"],
+        "init": about["init"],
+        "hard": None if plain is None else bool(1 - plain["mean"] > HARD),
+        "most_frequent_class": about["most_frequent_class"],
+        **{arm: cell and {key: cell[key] for key in picked} for arm, cell in best.items()},
+        "ratios_of_best_four": [cell["lr_ratio"] for cell in cells["loraplus"][:4]],
+        "test_accuracy": tests,
+        "cells": cells["loraplus"],
+        "not_complete": sum(r["status"] != "complete" for r in result.records),
+        "missing": result.missing,
+        "seconds": round(sum(r["seconds"] for r in result.records)),
+    }
+
+
+def draw(summaries, path, eta_a, eta_b):
+    """Draws one map a sweep, and the ratios of the best four cells of all."""
+    pyplot = common.pyplot()
+    columns = 4
+    rows = -(-(len(summaries) + 1) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for axis, found in zip(flat, summaries, strict=False):
+        values = np.full((len(eta_b), len(eta_a)), np.nan)
+        for cell in found["cells"]:
+            values[eta_b.index(cell["eta_b"]), eta_a.index(cell["eta_a"])] = cell["mean"]
+        image = common.heatmap(
+            axis,
+            1 - values,
+            np.array(eta_a),
+            np.array(eta_b),
+            best=4,
+            shade=values,
+            title=f"{found['task']}, init {found['init']}",
+        )
+        figure.colorbar(image, ax=axis, label="validation accuracy")
+    last = flat[len(summaries)]
+    ratios = np.log2([ratio for found in summaries for ratio in found["ratios_of_best_four"]])
+    steps, counts = np.unique(np.round(ratios), return_counts=True)
+    last.bar(steps, counts, color="0.6", edgecolor="black", width=1.2)
+    last.set(
+        xlabel=r"$\log_2\ \eta_B/\eta_A$", ylabel="cells", title="ratio of the best four cells"
+    )
+    for axis in flat[len(summaries) + 1 :]:
+        axis.axis("off")
+    figure.suptitle(
+        "Validation accuracy over the rates of A and B, mean of the seeds. Star: best cell, "
+        "circles: next three,\nhatched: unfinished, diverged. Lines: ratio 1 (solid), 16 (dotted)",
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main(arguments=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=CONFIGS / "minilm.toml")
+    parser.add_argument("--data", nargs="*", default=[], metavar="TASK=FOLDER")
+    parser.add_argument("--tasks", nargs="+", help="some of the configuration's tasks")
+    parser.add_argument("--storage", required=True, help="folder that the sweeps are kept in")
+    parser.add_argument("--output", default=common.RESULTS / "glue", help="path without an ending")
+    parser.add_argument(
+        "--backend", default="torch", help="torch compiles nothing, a cell is short"
+    )
+    options = parser.parse_args(arguments)
+    config = read_config(options.config)
+    folders = dict(entry.partition("=")[::2] for entry in options.data)
+    names = options.tasks or list(config["tasks"])
+    unknown = [name for name in names if name not in config["tasks"]]
+    if unknown:
+        raise InputError(f"no tasks of {options.config}: {', '.join(unknown)}")
+    missing = [name for name in names if name != "r8" and name not in folders]
+    if missing:
+        raise InputError(
+            f"--data names no folder for {', '.join(missing)}: --data {missing[0]}=DIR"
+        )
+    choose_backend(options.backend)
+    storage = pathlib.Path(options.storage)
+    storage.mkdir(parents=True, exist_ok=True)
+    preset = preset_of(config)
+    done: list = []
+    start = time.perf_counter()
+    with quiet_stderr():
+        import keras_loraplus as _  # noqa: F401
+    for name in names:
+        limits = {key: config[key] for key in ("train_texts", "validation_texts", "test_texts")}
+        task = tasks.load(name, folders.get(name), **limits)
+        for init in config["tasks"][name]:
+            print(f"{name}, init {init}", flush=True)
+            result = sweep_task(config, task, preset, init, storage / f"{name}_{init}.db")
+            done.append((summary(result), result))
+            write(options.output, config, done, time.perf_counter() - start)
+
+
+def write(output, config, done, seconds):
+    summaries = [found for found, _ in done]
+    content = {
+        "setting": config,
+        "sweeps": summaries,
+        "run": common.machine(seconds),
+        "versions": done[-1][1].versions,
+        "records": [
+            {key: r[key] for key in ("arm", "eta_a", "eta_b", "seed", "status", "value")}
+            | {"task": found["task"], "init": found["init"]}
+            for found, result in done
+            for r in result.records
+        ],
+    }
+    report.write_json(json.loads(json.dumps(content)), f"{output}.json")
+    draw(summaries, f"{output}.png", config["eta_a"], config["eta_b"])
+    for found in summaries:
+        plus, plain = found["loraplus"], found["lora"]
+        if plus and plain:
+            print(
+                f"{found['task']}, {found['init']}: best LoRA+ {plus['mean']:.3f} at ratio "
+                f"{plus['lr_ratio']:g}, best LoRA {plain['mean']:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    run(main)
