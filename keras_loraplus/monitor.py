@@ -185,8 +185,7 @@ class _Pair:
         self.a, self.b = getattr(layer, names.a), getattr(layer, names.b)
         # A table of its own that turns outputs into logits, in an untied `ReversibleEmbedding`.
         self.is_reverse_table = reverse_table
-        # The property without the underscore is what the layer computes with.
-        self.kernel_norm = _norm(getattr(layer, names.kernel.lstrip("_")))
+        self.kernel_norm = _kernel_norm(layer, names)
         self.why_no_deltas = _why_no_inputs(layer)
 
     def values(self):
@@ -316,8 +315,15 @@ def _medians(rows, names):
     return medians
 
 
-def _norm(kernel):
-    return float(ops.convert_to_numpy(ops.norm(ops.reshape(ops.cast(kernel, "float32"), (-1,)))))
+def _kernel_norm(layer, names):
+    if layer.quantization_mode is None:
+        kernel = ops.cast(getattr(layer, names.kernel), "float32")
+    else:
+        # Stored as integers; merging gives W + s A B as floats.
+        a, b = (ops.convert_to_tensor(getattr(layer, name)) for name in (names.a, names.b))
+        product = names.product(a, b)
+        kernel = layer.merged_values()[names.kernel] - layer.adapter.scale * product
+    return float(ops.convert_to_numpy(ops.norm(ops.reshape(kernel, (-1,)))))
 
 
 def _as_numpy(tensor):
