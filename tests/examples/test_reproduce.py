@@ -147,13 +147,17 @@ def test_every_configuration_takes_two_steps_on_a_tiny_random_model(
     config |= {"eta_a": grids[0][2:3], "eta_b": grids[1][2:3]}
     task = tasks.load("pairs", data_folder, train_texts=8, validation_texts=4, test_texts=4)
     init = next(iter(config["tasks"].values()))[-1]
-    result = glue.sweep_task(config, task, str(used), init, None, progress=False)
+    overrides = {"progress": False}
+    if path.stem != "minilm":
+        overrides["test"] = None  # half as many models to compile
+    result = glue.sweep_task(config, task, str(used), init, None, **overrides)
     assert [record["status"] for record in result.records] == ["complete"] * 2
     assert {record["arm"] for record in result.records} == {"loraplus", "lora"}
     assert all(record["metrics"]["train_loss"] > 0 for record in result.records)
     found = glue.summary(result)
     assert found["loraplus"]["lr_ratio"] == pytest.approx(grids[1][2] / grids[0][2])
-    assert found["missing"] == 0 and len(found["test_accuracy"]["lora"]) == 1
+    assert found["missing"] == 0
+    assert len(found["test_accuracy"]["lora"]) == (0 if "test" in overrides else 1)
     output = tmp_path / "glue"
     glue.write(output, config, [(found, result)], 1.0)
     assert json.loads(output.with_suffix(".json").read_text())["sweeps"][0]["task"] == "pairs"
