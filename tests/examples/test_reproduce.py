@@ -148,11 +148,12 @@ def test_every_configuration_takes_two_steps_on_a_tiny_random_model(
     task = tasks.load("pairs", data_folder, train_texts=8, validation_texts=4, test_texts=4)
     init = next(iter(config["tasks"].values()))[-1]
     overrides = {"progress": False}
-    if path.stem != "minilm":
-        overrides["test"] = None  # half as many models to compile
+    if path.stem != "minilm":  # fewer models to compile
+        overrides |= {"test": None, "lora": False}
     result = glue.sweep_task(config, task, str(used), init, None, **overrides)
-    assert [record["status"] for record in result.records] == ["complete"] * 2
-    assert {record["arm"] for record in result.records} == {"loraplus", "lora"}
+    arms = ["loraplus"] if "lora" in overrides else ["loraplus", "lora"]
+    found = [(record["arm"], record["status"]) for record in result.records]
+    assert found == [(arm, "complete") for arm in arms]
     assert all(record["metrics"]["train_loss"] > 0 for record in result.records)
     found = glue.summary(result)
     assert found["loraplus"]["lr_ratio"] == pytest.approx(grids[1][2] / grids[0][2])
