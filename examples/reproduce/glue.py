@@ -60,8 +60,9 @@ def sweep_task(config, task, preset, init, storage, **overrides):
     from text_classification import training
 
     keras.config.set_dtype_policy(config["dtype"])
+    length = config.get("sequence_lengths", {}).get(task.name, config["sequence_length"])
     parts = {
-        name: encode(preset, getattr(task, name), config["sequence_length"])
+        name: encode(preset, getattr(task, name), length)
         for name in ("train", "validation", "test")
     }
 
@@ -73,7 +74,8 @@ def sweep_task(config, task, preset, init, storage, **overrides):
     about = {
         "task": task.name,
         "init": init,
-        **{k: config[k] for k in ("preset", "rank", "sequence_length", "dtype")},
+        "sequence_length": length,
+        **{k: config[k] for k in ("preset", "rank", "dtype")},
         "classes": len(task.classes),
         "most_frequent_class": float(np.mean(task.validation.labels == _mode(task.train.labels))),
         "rows": {name: len(labels) for name, (_, labels) in parts.items()},
