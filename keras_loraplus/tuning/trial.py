@@ -12,7 +12,8 @@ import numpy as np
 
 from keras_loraplus.tuning.cells import Cell
 
-SCHEDULES = ("constant", "linear")
+_SECONDS_BETWEEN_COLLECTIONS = 5.0
+_collected = 0.0
 
 
 class Diverged(Exception):
@@ -111,8 +112,7 @@ class Plan:
         return record
 
     def _train(self, cell: Cell, reporter: Reporter) -> tuple[dict[str, float], Any]:
-        keras.utils.clear_session()
-        gc.collect()
+        _forget_models()
         keras.utils.set_random_seed(cell.seed)
         model = self.build(cell)
         if callable(self.train):
@@ -190,6 +190,19 @@ class Plan:
         else:
             logs = model.evaluate(data, verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
+
+
+def _forget_models() -> None:
+    """Frees the models of earlier cells: automatic names begin anew, and memory is given back.
+
+    A collection takes some tenths of a second, more than a tiny model's training, whose memory
+    does not matter: there is one every few seconds at most.
+    """
+    global _collected
+    keras.utils.clear_session(free_memory=False)
+    if time.monotonic() - _collected > _SECONDS_BETWEEN_COLLECTIONS:
+        gc.collect()
+        _collected = time.monotonic()
 
 
 def is_arrays(data: Any) -> bool:
