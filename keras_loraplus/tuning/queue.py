@@ -14,6 +14,7 @@ key in the trial's user attributes. What Optuna leaves open is settled here.
   ours, does not count, and its piece is put in again, up to a number of times.
 """
 
+import copy
 import datetime
 import functools
 import os
@@ -290,8 +291,9 @@ def open_study(storage: Any, name: str, direction: str, sampler: Any, pruner: An
         storage=storage,
         study_name=name,
         direction=direction,
-        sampler=sampler,
-        pruner=pruner or optuna.pruners.NopPruner(),
+        # Some samplers remember the study they were first used in.
+        sampler=copy.deepcopy(sampler),
+        pruner=copy.deepcopy(pruner) or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
 
