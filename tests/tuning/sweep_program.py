@@ -1,7 +1,7 @@
-"""A sweep in a process of its own: `python sweep_program.py STORAGE LOG RESULT`.
+"""A sweep whose cells only write down that they ran: `python sweep_program.py STORAGE LOG`.
 
-Every training writes a line when it starts and one when it ends. It takes a tenth of a second; the
-cell in the environment variable STUCK_CELL takes for ever, until the process is killed.
+Every training writes a line when it starts and one when it ends. With a number in the environment
+variable STUCK_AFTER, the training after so many does not end until the process is killed.
 """
 
 import os
@@ -10,40 +10,55 @@ import time
 
 import keras_loraplus as klp
 
-STORAGE, LOG, RESULT = sys.argv[1:]
-ETA_A, ETA_B, SEEDS = [1e-4, 1e-3, 1e-2], [1e-3, 1e-2], [0, 1]
+ETA_A, ETA_B, SEEDS = [1e-4, 1e-3], [1e-3, 1e-2], [0, 1]
+CELLS = 2 * 4 * 2  # arms, pairs, seeds
 
 
-def write(event, cell):
-    # One write of one line to a file that is open for appending is whole.
-    with open(LOG, "a", encoding="utf-8") as file:
-        file.write(f"{event} {os.getpid()} {name(cell)}\n")
+class Training:
+    """Trains nothing, and writes into a file."""
+
+    __qualname__ = "Training"
+
+    def __init__(self, log, stuck_after=None):
+        self.log = log
+        self.left = stuck_after
+
+    def __call__(self, model, cell, report):
+        self.write("start", cell)
+        if self.left == 0:
+            time.sleep(600)
+        if self.left is not None:
+            self.left -= 1
+        time.sleep(0.1)
+        self.write("end", cell)
+        return {"score": -abs(cell.eta_b - 1e-2) - abs(cell.eta_a - 1e-3)}
+
+    def write(self, event, cell):
+        name = f"{cell.arm}:{cell.eta_a:g}:{cell.eta_b:g}:{cell.seed}"
+        # One write of one line to a file that is open for appending is whole.
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"{event} {os.getpid()} {name}\n")
 
 
-def name(cell):
-    return f"{cell.arm}:{cell.eta_a:g}:{cell.eta_b:g}:{cell.seed}"
+def build(cell):
+    return None
 
 
-def train(model, cell, report):
-    write("start", cell)
-    if os.environ.get("STUCK_CELL") == name(cell):
-        time.sleep(600)
-    time.sleep(0.1)
-    write("end", cell)
-    return {"score": -abs(cell.eta_b - 1e-2) - abs(cell.eta_a - 1e-3)}
-
-
-if __name__ == "__main__":
-    result = klp.tuning.sweep(
-        lambda cell: None,
-        train,
+def run(storage, log, stuck_after=None):
+    return klp.tuning.sweep(
+        build,
+        Training(log, stuck_after),
         eta_a=ETA_A,
         eta_b=ETA_B,
         seeds=SEEDS,
         monitor="score",
         mode="max",
-        storage=STORAGE,
+        storage=storage,
         heartbeat=1,
         progress=False,
     )
-    result.save(RESULT)
+
+
+if __name__ == "__main__":
+    stuck = os.environ.get("STUCK_AFTER")
+    print("records", len(run(*sys.argv[1:], None if stuck is None else int(stuck)).records))
