@@ -177,7 +177,8 @@ class Plan:
 
     def _fit(self, model: Any, part: Any) -> dict[str, float]:
         if is_arrays(part):
-            history = model.fit(*part, batch_size=self.batch_size or 32, shuffle=False, verbose=0)
+            batch = self.batch_size or 32
+            history = model.fit(**_named(part), batch_size=batch, shuffle=False, verbose=0)
         else:
             history = model.fit(part, verbose=0)
         return {name: float(values[-1]) for name, values in history.history.items()}
@@ -186,7 +187,8 @@ class Plan:
         if callable(data):
             return {name: float(value) for name, value in data(model).items()}
         if is_arrays(data):
-            logs = model.evaluate(*data, batch_size=self.batch_size, verbose=0, return_dict=True)
+            options = {"batch_size": self.batch_size, "verbose": 0, "return_dict": True}
+            logs = model.evaluate(**_named(data), **options)
         else:
             logs = model.evaluate(data, verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
@@ -208,6 +210,11 @@ def _forget_models() -> None:
 def is_arrays(data: Any) -> bool:
     """Whether data are `(x, y)` or `(x, y, sample_weight)`."""
     return isinstance(data, (tuple, list)) and len(data) in (2, 3)
+
+
+def _named(data: Any) -> dict[str, Any]:
+    """Returns arrays by the names of Keras's arguments; the third is not the third argument."""
+    return dict(zip(("x", "y", "sample_weight"), data, strict=False))
 
 
 def count_rows(data: Any) -> int:

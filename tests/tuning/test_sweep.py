@@ -108,6 +108,23 @@ def test_both_arms_are_trained_with_keras_and_selected_by_validation():
         assert record["test_metrics"]["loss"] != record["value"]
 
 
+def test_sample_weights_are_weights():
+    (x, y), (vx, vy) = data(), data(8, seed=5)
+    options = {"eta_a": 1e-3, "lr_ratio": 8.0, "lora": False, "head_ratio": 1.0, "loss": LOSS}
+    options |= {"monitor": "loss", "progress": False, "metrics": ["accuracy"]}
+
+    def loss(weights, validation_weights):
+        parts = (x, y, weights), (vx, vy, validation_weights)
+        (record,) = klp.tuning.sweep(build, *parts, **options).records
+        assert record["status"] == "complete", record["error"]
+        return record["metrics"]
+
+    ones, zeros = np.ones(8, "float32"), np.zeros(24, "float32")
+    plain, weighted = loss(zeros + 1, ones), loss(zeros + 2, 3 * ones)
+    assert weighted["train_loss"] == pytest.approx(2 * plain["train_loss"], rel=1e-3)
+    assert weighted["loss"] == pytest.approx(3 * plain["loss"], rel=1e-2)
+
+
 def test_the_arms_of_a_seed_see_the_same_batches():
     seen = {}
 
