@@ -2,6 +2,7 @@
 
 from keras_loraplus.tuning.cells import Cell
 from keras_loraplus.tuning.result import SweepResult, load
+from keras_loraplus.tuning.suggestion import Suggestion, suggest
 from keras_loraplus.tuning.sweep import sweep
 
-__all__ = ["Cell", "SweepResult", "load", "sweep"]
+__all__ = ["Cell", "Suggestion", "SweepResult", "load", "suggest", "sweep"]
