@@ -1199,3 +1199,43 @@ def gradient_accumulation_steps(optimizer):
     The attribute of that name (3.15.1) is None for 1 and is not in the documentation.
     """
     return innermost_optimizer(optimizer).gradient_accumulation_steps or 1
+
+
+# --- sweeps of text classifiers -------------------------------------------------------------------
+
+
+def hub_text_preprocessor(preset, sequence_length):
+    """Loads what turns texts into the inputs of a text classifier (keras-hub 0.32.0).
+
+    Raises:
+        ImportError: If keras_hub is not installed.
+        ValueError: If the preset cannot be loaded.
+    """
+    return _from_preset("TextClassifierPreprocessor", preset, sequence_length=sequence_length)
+
+
+def hub_text_classifier(preset, classes, dtype):
+    """Loads a text classifier with pretrained weights, a new head and no preprocessing (0.32.0).
+
+    Raises:
+        ImportError: If keras_hub is not installed.
+        ValueError: If the preset cannot be loaded.
+    """
+    options = {"num_classes": classes, "preprocessor": None, "dtype": dtype}
+    return _from_preset("TextClassifier", preset, **options)
+
+
+def _from_preset(name, preset, **options):
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ImportError(
+            "Text classifiers need KerasHub: pip install 'keras-loraplus[hub]'."
+        ) from error
+    try:
+        return getattr(keras_hub.models, name).from_preset(preset, **options)
+    except Exception as error:  # of many kinds, from JSON's to HTTP's
+        raise ValueError(
+            f"Expected a KerasHub preset, or a folder, of a model that {name} can be made of. "
+            f"Received: {preset!r}, and KerasHub says: {str(error)[:300]}"
+        ) from error

@@ -35,72 +35,21 @@ def preset_of(config):
     return str(fetch(MINILM)) if config["preset"] == "minilm" else config["preset"]
 
 
-def encode(preset, part, sequence_length):
-    """Returns the model's inputs, as arrays, and the labels."""
-    import keras_hub
-
-    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-        preset, sequence_length=sequence_length
-    )
-    texts = part.first if part.second is None else (part.first, part.second)
-    # A pair of lists by itself would be taken for texts and labels.
-    values, labels = preprocessor(texts, part.labels)
-    return {name: np.asarray(value) for name, value in values.items()}, labels
-
-
 def sweep_task(config, task, preset, init, storage, **overrides):
     """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`.
 
     `overrides` are arguments of `sweep` that take the place of those of the configuration.
     """
-    import keras
+    from keras_loraplus.tuning import text
 
-    import keras_loraplus as klp
-    from keras_loraplus import tuning
-    from text_classification import training
-
-    keras.config.set_dtype_policy(config["dtype"])
     length = config.get("sequence_lengths", {}).get(task.name, config["sequence_length"])
-    parts = {
-        name: encode(preset, getattr(task, name), length)
-        for name in ("train", "validation", "test")
-    }
-
-    def build(cell):
-        model = training.build_classifier(preset, len(task.classes))
-        klp.enable_lora_plus(model, rank=config["rank"], init=init)
-        return model
-
-    about = {
-        "task": task.name,
-        "init": init,
-        "sequence_length": length,
-        **{k: config[k] for k in ("preset", "rank", "dtype")},
-        "classes": len(task.classes),
-        "most_frequent_class": float(np.mean(task.validation.labels == _mode(task.train.labels))),
-        "rows": {name: len(labels) for name, (_, labels) in parts.items()},
-    }
-    settings = {
-        "test": parts["test"],
-        "eta_a": config["eta_a"],
-        "eta_b": config["eta_b"],
-        "head_rate": config["head_rate"],
-        "seeds": config["seeds"],
-        "epochs": config["epochs"],
-        "batch_size": config["batch_size"],
-        "schedule": config["schedule"],
-        "monitor": "accuracy",
-        "metrics": ["accuracy"],
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        "about": about,
-        "storage": storage,
-        "name": f"{task.name}/{init}",
-    }
-    return tuning.sweep(build, parts["train"], parts["validation"], **{**settings, **overrides})
-
-
-def _mode(labels):
-    return int(np.bincount(labels).argmax())
+    build = text.Builder(
+        preset, len(task.classes), config["rank"], init=init, dtype=config["dtype"]
+    )
+    names = ("eta_a", "eta_b", "head_rate", "seeds", "epochs", "batch_size", "schedule")
+    settings = {**{name: config[name] for name in names}, "storage": storage, **overrides}
+    # The name of the setting; the folder it stands for differs from machine to machine.
+    return text.sweep_task(task, build, length, about={"preset": config["preset"]}, **settings)
 
 
 def summary(result):

@@ -62,7 +62,7 @@ def encode(tokenizer, part, classes, length):
 
     Args:
         tokenizer: A KerasHub tokenizer, which adds no special tokens.
-        part: A `tasks.Part`.
+        part: A `keras_loraplus.tuning.text.Part`.
         classes: Names of the classes.
         length: Number of tokens; longer texts lose their beginning.
     """

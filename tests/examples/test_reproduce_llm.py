@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tolerances import FLOAT32_MODEL, assert_close
 
+from keras_loraplus.tuning.text import Part, Task
+
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "reproduce"
 CONFIGS = sorted((FOLDER / "configs" / "llm").glob("*.toml"))
 SPECIAL = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
@@ -24,10 +26,9 @@ def llm(monkeypatch):
 
 @pytest.fixture
 def task(llm):
-    tasks = importlib.import_module("tasks")
     texts = ["a bad bed", "no idea", "a bee", "i nod"] * 2
-    part = tasks.Part(texts, None, np.array([0, 1] * 4, "int32"))
-    return tasks.Task("tiny", ["do_a", "be"], part, part, part)
+    part = Part(texts, None, np.array([0, 1] * 4, "int32"))
+    return Task("tiny", ["do_a", "be"], part, part, part)
 
 
 @pytest.fixture
