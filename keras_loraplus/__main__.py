@@ -1,4 +1,4 @@
-r"""Shows what adapter files hold, and converts them to PEFT folders and back.
+r"""Shows what adapter files hold, converts them to PEFT folders and back, and tries learning rates.
 
 python -m keras_loraplus inspect adapter.safetensors
 python -m keras_loraplus convert adapter.safetensors peft_folder --checkpoint hf_folder
@@ -8,6 +8,10 @@ The adapter of a task, with its head, needs the task's class and the head's name
 
 python -m keras_loraplus convert adapter.safetensors peft_folder --checkpoint hf_folder \
     --task TextClassifier --head classifier=logits --prefix bert. --task-type SEQ_CLS
+
+The learning rates of a text classifier, tried as a file says (examples/sweep_text.toml is one):
+
+python -m keras_loraplus sweep --config FILE
 """
 
 import argparse
@@ -50,12 +54,21 @@ def main(arguments=None):
         "classifier=logits; can be repeated",
     )
     command.add_argument("--task-type", help="PEFT's task type to write, for example SEQ_CLS")
+    command = commands.add_parser("sweep", help="try learning rates for a text classifier")
+    command.add_argument("--config", required=True, help="TOML file, as examples/sweep_text.toml")
+    command.add_argument(
+        "--retry-failed", action="store_true", help="try cells again that failed in an earlier run"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "inspect":
             from keras_loraplus.adapters import inspect_adapter
 
             print(inspect_adapter(options.path))
+        elif options.command == "sweep":
+            from keras_loraplus.tuning.command import run
+
+            run(options.config, retry_failed=options.retry_failed)
         else:
             from keras_loraplus.adapters.conversion import convert
 
