@@ -1,0 +1,11 @@
+"""Names that the side that measures and the side that is measured share, without Keras."""
+
+BACKENDS = ("tensorflow", "jax", "torch")
+CONTRACT_CASES = ("bert_wide", "dense_stack", "optimizer_step")
+MODEL_CASES = ("minilm_qv", "minilm_all", "llama", "vit", "resnet")
+MEMORY_CASES = ("bert_wide", *MODEL_CASES)
+ARMS = ("full", "native", "native_same", "ours", "limit", "peft")
+TENSORS = (24, 192, 1500)
+GROWTH = ("width", "tokens", "rank", "layers")
+# Set in a worker's environment: Keras's dtype policy.
+DTYPE = "KERAS_LORAPLUS_BENCHMARK_DTYPE"

@@ -1,0 +1,146 @@
+"""Interleaved measurement: every arm of every backend in turn, there and back again.
+
+Every backend has a process of its own; blocks of all arms of all backends alternate, so that a slow
+moment of the machine falls on all of them. A round takes the arms in order and then in reverse, and
+an arm's time in it is the mean of its two blocks, so that a machine that slows down steadily slows
+all arms alike. A ratio is formed within one round; what is reported is the median over the rounds
+and its spread, the interquartile range over the median.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from benchmarks.names import DTYPE
+
+# A block is so long that the clock and a passing interruption matter little.
+BLOCK_SECONDS = 0.4
+STEPS_AT_LEAST, STEPS_AT_MOST = 2, 400
+
+
+@dataclasses.dataclass
+class Times:
+    """Seconds of a step of each (backend, arm), one value a round."""
+
+    seconds: dict
+
+    def ratios(self, ours, theirs):
+        """Returns one ratio a round, or None where one of the two was not measured."""
+        if ours not in self.seconds or theirs not in self.seconds:
+            return None
+        pairs = zip(self.seconds[ours], self.seconds[theirs], strict=True)
+        return [a / b for a, b in pairs]
+
+    def ratio(self, ours, theirs):
+        """Returns {"ratio", "spread"}, or None where one of the two was not measured."""
+        values = self.ratios(ours, theirs)
+        if values is None:
+            return None
+        return {
+            "ratio": round(statistics.median(values), 3),
+            "spread": round(spread(values), 3),
+        }
+
+    def arms(self, case):
+        """Returns a row for each arm."""
+        return [
+            {
+                "case": case,
+                "backend": backend,
+                "arm": arm,
+                "milliseconds": round(1000 * statistics.median(values), 3),
+                "spread": round(spread(values), 3),
+            }
+            for (backend, arm), values in self.seconds.items()
+        ]
+
+
+def spread(values):
+    """Interquartile range over the median."""
+    quarters = statistics.quantiles(values, n=4)
+    return (quarters[2] - quarters[0]) / statistics.median(values)
+
+
+class Worker:
+    """One process with one backend and the arms of one case."""
+
+    def __init__(self, case, backend, arms=(), dtype=None):
+        self.name = f"{case} on {backend}"
+        self.backend = backend
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", case, *arms],
+            env=environment(backend, dtype),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.step = {}
+
+    def wait(self):
+        """Waits until every arm has done its first steps."""
+        self.step = json.loads(self._answer())
+
+    def block(self, arm):
+        """Returns the seconds of a step, from a block of them."""
+        steps = round(BLOCK_SECONDS / max(self.step[arm], 1e-6))
+        steps = min(max(steps, STEPS_AT_LEAST), STEPS_AT_MOST)
+        self.process.stdin.write(f"{arm} {steps}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(
+                f"The worker of {self.name} ended with {self.process.wait()}. To see why: "
+                f"KERAS_BACKEND={self.backend} {' '.join(self.process.args)}"
+            )
+        return line
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def environment(backend, dtype=None):
+    """Returns the environment of a process that measures."""
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # Where several processes share a GPU none may take all of its memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        DTYPE: dtype or "",
+    }
+
+
+def measure(case, backends, rounds, arms=(), dtype=None):
+    """Returns the `Times` of a case, after a round that warms up.
+
+    The processes build their models side by side; nothing is timed before all of them wait.
+    """
+    workers = [Worker(case, backend, arms, dtype) for backend in backends]
+    try:
+        for worker in workers:
+            worker.wait()
+        order = [(worker, arm) for worker in workers for arm in worker.step]
+        blocks = {(worker.backend, arm): [] for worker, arm in order}
+        for number in range(rounds + 1):
+            for worker, arm in order if number == 0 else order + order[::-1]:
+                taken = worker.block(arm)
+                if number:
+                    blocks[worker.backend, arm].append(taken)
+    finally:
+        for worker in workers:
+            worker.close()
+    return Times({key: [(a + b) / 2 for a, b in _pairs(values)] for key, values in blocks.items()})
+
+
+def _pairs(values):
+    return zip(values[::2], values[1::2], strict=True)

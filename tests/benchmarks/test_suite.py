@@ -1,0 +1,130 @@
+"""The suite's parts on tiny models, its arithmetic and its pages; `make bench` runs the others."""
+
+import argparse
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import benchmarks.__main__ as suite
+from benchmarks import parts, report
+from benchmarks.cases import CASES
+from benchmarks.models import TINY
+from benchmarks.names import BACKENDS, MEMORY_CASES
+from benchmarks.optimizer_cases import Tensors
+from benchmarks.rounds import Times, measure
+
+OPTIONS = {"blocks": 2, "dtype": None, "cases": None}
+
+
+@pytest.mark.parametrize("name", ["tiny_bert_qv", "tiny_resnet"])
+def test_ours_and_native_train_the_same_kind_of_variables(name):
+    """Native LoRA with the same trained matrices has no bias of an adapted layer among them."""
+    arms = TINY[name]().arms()
+    trained = {}
+    for arm in ("ours", "native_same", "limit"):
+        step = arms[arm]()
+        losses = [float(np.ravel(step())[0]) for _ in range(3)]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0]
+        trained[arm] = step.model.trainable_variables
+    names = {arm: {v.name for v in variables} for arm, variables in trained.items()}
+    # A task's head trains beside the one small variable.
+    assert not any("lora" in name for name in names["limit"])
+    adapters = {"lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"}
+    assert names["ours"] & adapters == names["native_same"] & adapters
+    assert len(trained["ours"]) == len(trained["native_same"])
+
+
+def test_a_case_is_measured_in_turn_in_processes_of_its_own(backend):
+    times = measure("tiny_resnet", [backend], 2, arms=("ours", "limit"))
+    assert set(times.seconds) == {(backend, "ours"), (backend, "limit")}
+    assert all(len(values) == 2 and min(values) > 0 for values in times.seconds.values())
+
+
+def test_memory_and_first_steps_are_measured_in_a_fresh_process(backend):
+    found = parts.child(backend, None, "memory", "tiny_resnet", "ours")
+    assert found["total"] > 0
+    assert found["method"] == ("buffers" if backend == "jax" else "resident")
+    with pytest.raises(SystemExit, match="no_such_arm"):
+        parts.child(backend, None, "memory", "tiny_resnet", "no_such_arm")
+
+
+def test_the_optimizer_has_as_many_multipliers_as_it_says():
+    some = Tensors(96, 48)
+    assert len({some.multiplier(position) for position in range(96)}) == 48
+    assert len({Tensors(96, 2).multiplier(position) for position in range(96)}) == 2
+    assert {Tensors(96, 1).multiplier(position) for position in range(96)} == {1.0}
+    step = Tensors(8, 4).ours()
+    step()
+    assert set(parts.EXPECTED_GROWTH) == {"width", "tokens", "rank", "layers"}
+
+
+def test_the_fitted_exponent_is_that_of_the_larger_sizes():
+    # A constant hides the growth at small sizes.
+    added = {n: 1e-4 + 1e-6 * n**1.5 for n in (32, 128, 512, 2048, 4096)}
+    assert parts.fitted_exponent(added) == pytest.approx(1.5, abs=0.05)
+    assert parts.fitted_exponent({1: -1e-5, 2: 1e-5}) is None
+
+
+def test_a_ratio_of_what_was_not_measured_is_none():
+    times = Times({("jax", "ours"): [2.0, 4.0, 2.0], ("jax", "limit"): [1.0, 2.0, 1.0]})
+    assert times.ratio(("jax", "ours"), ("jax", "limit")) == {"ratio": 2.0, "spread": 0.0}
+    assert times.ratio(("jax", "ours"), ("torch", "peft")) is None
+
+
+def test_48_multipliers_are_held_against_2(monkeypatch):
+    seconds = {
+        ("jax", f"ours/{number}"): [time] * 3 for number, time in ((1, 1.0), (2, 1.0), (48, 2.5))
+    }
+    monkeypatch.setattr(parts, "measure", lambda *_: Times(seconds))
+    found = parts.run_optimizer(argparse.Namespace(**OPTIONS, backends=["jax"]))
+    assert {row["met"] for row in found["many"]} == {False}
+    page = report.as_markdown("optimizer", {**header(), **found})
+    assert "| 24 | jax | 2.50 | 2.0 (not met) |" in page
+
+
+def header():
+    return {"date": "2026-01-01", "machine": "m", "versions": {"keras": "3"}, "blocks": 9}
+
+
+def test_a_page_says_memory_over_the_frozen_model():
+    rows = [
+        {"case": "c", "backend": "jax", "arm": arm, "total": 0, "extra": extra, "method": "buffers"}
+        for arm, extra in (("ours", 3_000_000), ("limit", 2_000_000))
+    ]
+    page = report.as_markdown("memory", {**header(), "memory": rows})
+    assert "| c | jax | ours | 3 | 1.50 | buffers |" in page
+
+
+def test_the_suites_name_parts_and_cases_that_exist():
+    assert set(suite.QUICK) <= set(parts.PARTS)
+    assert set(MEMORY_CASES) <= set(CASES)
+    assert set(report.TABLES) == set(report.TITLES) == set(parts.PARTS) - {"contract"}
+    assert {f"growth_{what}" for what in parts.EXPECTED_GROWTH} <= set(CASES)
+
+
+def test_what_cannot_be_measured_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(suite.subprocess, "run", _no_gpu)
+    with pytest.raises(SystemExit, match="--suite gpu needs a GPU"):
+        suite.main(["--suite", "gpu"])
+    for arguments in (["--cases", "vit"], ["--blocks", "1"]):
+        with pytest.raises(SystemExit):
+            suite.parse(arguments)
+    assert "--blocks must be at least 2" in capsys.readouterr().err
+
+
+def _no_gpu(*args, **kwargs):
+    raise FileNotFoundError
+
+
+def test_a_part_that_is_not_all_does_not_replace_what_is_committed(monkeypatch, tmp_path, backend):
+    made = tmp_path / "made"
+    monkeypatch.setattr(suite.tempfile, "mkdtemp", lambda prefix: str(made))
+    monkeypatch.setattr(parts, "MEMORY_CASES", ("tiny_resnet",))
+    monkeypatch.setitem(
+        suite.PARTS, "memory", lambda options: {"memory": [], "cases": options.cases}
+    )
+    suite.main(["--parts", "memory", "--cases", "tiny_resnet", "--backends", backend])
+    assert json.loads((made / "memory.json").read_text())["cases"] == ["tiny_resnet"]
+    assert keras.backend.backend() in BACKENDS
