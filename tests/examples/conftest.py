@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from tiny_presets import save_bert
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 WORDS = {
@@ -51,25 +52,6 @@ def table(tmp_path):
 @pytest.fixture
 def preset(tmp_path):
     """A folder with a random BERT of two narrow layers and its tokenizer."""
-    import keras_hub
-
     words = [word for topic in WORDS.values() for word in topic] + FILLERS
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *words]
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=32,
-        dropout=0.0,
-    )
-    # The same start on each backend, and far from Keras's small one, in which words look alike.
-    rng = np.random.default_rng(11)
-    for weight in backbone.trainable_weights:
-        if weight.path.rsplit("/", 1)[-1] in ("kernel", "embeddings"):
-            weight.assign(rng.normal(size=weight.shape, scale=0.3))
-    folder = tmp_path / "tiny_bert"
-    backbone.save_to_preset(str(folder))
-    keras_hub.models.BertTokenizer(vocabulary=vocabulary).save_to_preset(str(folder))
-    return folder
+    settings = {"num_layers": 2, "max_sequence_length": 32}
+    return save_bert(tmp_path / "tiny_bert", [",", *words], **settings)

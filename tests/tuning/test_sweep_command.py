@@ -7,6 +7,7 @@ import tomllib
 import keras
 import numpy as np
 import pytest
+from tiny_presets import save_bert
 
 import prepare_text_sweep
 from keras_loraplus import tuning
@@ -36,26 +37,7 @@ def data(tmp_path):
 @pytest.fixture
 def preset(tmp_path):
     """A random BERT of one narrow layer with its tokenizer."""
-    import keras_hub
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS["earn"], *WORDS["grain"]]
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=len(words),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=16,
-        dropout=0.0,
-    )
-    rng = np.random.default_rng(11)
-    for weight in backbone.trainable_weights:
-        if weight.path.rsplit("/", 1)[-1] in ("kernel", "embeddings"):
-            weight.assign(rng.normal(size=weight.shape, scale=0.3))
-    folder = tmp_path / "tiny_bert"
-    backbone.save_to_preset(str(folder))
-    keras_hub.models.BertTokenizer(vocabulary=words).save_to_preset(str(folder))
-    return folder
+    return save_bert(tmp_path / "tiny_bert", [*WORDS["earn"], *WORDS["grain"]])
 
 
 @pytest.fixture
