@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from keras_loraplus.adapters.atomic import write_atomically
 
 FORMAT = "keras_loraplus.sweep"
 VERSION = 1
@@ -139,11 +140,8 @@ class SweepResult:
 
     def save(self, path: Any) -> None:
         """Writes everything as JSON; an interrupted write leaves the old file whole."""
-        partial = f"{os.fspath(path)}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.replace(partial, path)
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+        write_atomically(path, text.encode())
 
     def __str__(self) -> str:
         """Returns a table with the selected cell of each arm."""

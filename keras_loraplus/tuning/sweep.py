@@ -13,10 +13,10 @@ from typing import Any
 import keras
 
 from keras_loraplus.tuning import queue
-from keras_loraplus.tuning.cells import Axes, Cell, plan_axes
+from keras_loraplus.tuning.cells import Axes, Cell
 from keras_loraplus.tuning.progress import Progress
 from keras_loraplus.tuning.result import SweepResult
-from keras_loraplus.tuning.trial import Plan, count_rows, is_arrays
+from keras_loraplus.tuning.spec import Spec, check
 
 # Steps of the seeds of one sampled trial are kept apart, since Optuna keeps one value a step.
 _STEPS_OF_A_SEED = 10**7
@@ -155,29 +155,10 @@ def sweep(
     """
     arguments = dict(locals())
     _import_optuna()
-    spec = _check(arguments)
+    spec = check(arguments)
     if n_workers == 1:
         return _work(spec)
     return _work_together(arguments, spec)
-
-
-@dataclasses.dataclass
-class _Spec:
-    """A checked sweep."""
-
-    plan: Plan
-    arms: list[Axes]
-    seeds: list[int]
-    mode: str
-    setup: dict[str, Any]
-    arguments: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    @property
-    def direction(self) -> str:
-        return "maximize" if self.mode == "max" else "minimize"
 
 
 def _import_optuna() -> None:
@@ -187,83 +168,7 @@ def _import_optuna() -> None:
         raise ImportError("A sweep needs Optuna: pip install 'keras-loraplus[tuning]'.") from error
 
 
-def _check(given: dict[str, Any]) -> _Spec:
-    rates = ("eta_a", "eta_b", "lr_ratio", "head_rate", "head_ratio", "lora", "full")
-    arms = plan_axes(**{name: given[name] for name in rates})
-    seeds = list(given["seeds"])
-    if not seeds or len(set(seeds)) < len(seeds) or not all(_is_int(seed, 0) for seed in seeds):
-        raise ValueError(f"`seeds` must be different whole numbers >= 0. Received: {seeds!r}")
-    for name, least in (("epochs", 1), ("n_workers", 1), ("heartbeat", 1), ("max_deaths", 0)):
-        if not _is_int(given[name], least):
-            raise ValueError(f"`{name}` must be a whole number >= {least}. Got: {given[name]!r}")
-    for name in ("batch_size", "evaluate_every", "n_trials"):
-        if given[name] is not None and not _is_int(given[name], 1):
-            raise ValueError(f"`{name}` must be None or a positive integer. Got: {given[name]!r}")
-    if not callable(given["build"]):
-        raise ValueError(f"`build` must be a function of a Cell. Received: {given['build']!r}")
-    sampled = [axes.arm for axes in arms if not axes.is_grid()]
-    if (given["sampler"] is None) != (given["n_trials"] is None):
-        raise ValueError("`sampler` and `n_trials` go together: one needs the other.")
-    if sampled and given["sampler"] is None:
-        raise ValueError(f"Axes that are distributions need a `sampler` (arms: {sampled}).")
-    own_training = callable(given["train"])
-    if not own_training and (given["validation"] is None or given["loss"] is None):
-        raise ValueError(
-            "With training data, `validation` and `loss` are needed. Without them, `train` must be "
-            "a function of (model, cell, report)."
-        )
-    if given["evaluate_every"] is not None and not is_arrays(given["train"]):
-        raise ValueError("`evaluate_every` needs training data that are arrays (x, y).")
-    schedule = given["schedule"]
-    if not callable(schedule) and schedule not in ("constant", "linear"):
-        raise ValueError(
-            f"`schedule` must be 'constant', 'linear' or a function. Received: {schedule!r}"
-        )
-    mode = given["mode"] or _mode_of(given["monitor"])
-    if mode not in ("max", "min"):
-        raise ValueError(f"`mode` must be 'max', 'min' or None. Received: {mode!r}")
-    names = ("build", "train", "validation", "monitor", "loss", "metrics", "epochs", "batch_size")
-    plan = Plan(
-        **{name: given[name] for name in (*names, "evaluate_every", "schedule", "head")},
-        optimizer_options=given["optimizer_options"] or {},
-    )
-    return _Spec(plan, arms, seeds, mode, _setup(given, mode), given)
-
-
-def _setup(given: dict[str, Any], mode: str) -> dict[str, Any]:
-    """Returns how cells are trained, as JSON, to be written down and compared on resuming."""
-    shown: dict[str, Any] = {"monitor": given["monitor"], "mode": mode}
-    if callable(given["train"]):
-        shown["train"] = getattr(given["train"], "__qualname__", "a function")
-    else:
-        options = given["optimizer_options"] or {}
-        shown |= {name: given[name] for name in ("epochs", "batch_size", "evaluate_every")}
-        schedule = given["schedule"]
-        shown["schedule"] = getattr(schedule, "__qualname__", schedule)
-        shown["optimizer_options"] = {key: str(value) for key, value in options.items()}
-        for part in ("train", "validation"):
-            if is_arrays(given[part]):
-                shown[f"{part}_rows"] = count_rows(given[part])
-    for part in ("sampler", "pruner"):
-        if given[part] is not None:
-            shown[part] = type(given[part]).__name__
-    shown["backend"] = keras.backend.backend()
-    return {**shown, "about": json.loads(json.dumps(dict(given["about"] or {})))}
-
-
-def _mode_of(monitor: str) -> str:
-    if any(part in monitor for part in ("loss", "error", "perplexity")):
-        return "min"
-    if any(part in monitor for part in ("acc", "auc", "f1", "match", "matthews", "precision")):
-        return "max"
-    raise ValueError(f"Whether more of {monitor!r} is better is not known: give `mode`.")
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _work(spec: _Spec) -> SweepResult:
+def _work(spec: Spec) -> SweepResult:
     import optuna
 
     storage = queue.open_storage(spec["storage"], spec["heartbeat"])
@@ -276,7 +181,7 @@ def _work(spec: _Spec) -> SweepResult:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _work_in(spec: _Spec, storage: Any) -> SweepResult:
+def _work_in(spec: Spec, storage: Any) -> SweepResult:
     stages = [_stage(spec, storage, axes) for axes in spec.arms]
     if spec["retry_failed"]:
         for stage in stages:
@@ -302,7 +207,7 @@ def _work_in(spec: _Spec, storage: Any) -> SweepResult:
     return _gather(spec, stages, queue.results(test.finished(), list(test.pieces)))
 
 
-def _stage(spec: _Spec, storage: Any, axes: Axes) -> queue.Queue:
+def _stage(spec: Spec, storage: Any, axes: Axes) -> queue.Queue:
     study = queue.open_study(
         storage, f"{spec['name']}/{axes.arm}", spec.direction, spec["sampler"], spec["pruner"]
     )
@@ -334,7 +239,7 @@ def _stage(spec: _Spec, storage: Any, axes: Axes) -> queue.Queue:
 
 
 def _run_cells(
-    spec: _Spec, cells: list[Cell], trial: Any
+    spec: Spec, cells: list[Cell], trial: Any
 ) -> tuple[str, float | None, list[dict[str, Any]]]:
     records = []
     for index, cell in enumerate(cells):
@@ -356,7 +261,7 @@ def _suggest(trial: Any, name: str, axis: Any) -> float:
     return trial.suggest_float(name, axis.low, axis.high, step=axis.step, log=axis.log)
 
 
-def _test_stage(spec: _Spec, storage: Any, result: SweepResult) -> queue.Queue:
+def _test_stage(spec: Spec, storage: Any, result: SweepResult) -> queue.Queue:
     """Returns the stage that trains the selected cells again and reads the test data."""
     pieces = {}
     for arm in result.arms:
@@ -385,7 +290,7 @@ def _params(cell: Cell) -> dict[str, Any]:
     return {key: value for key, value in named.items() if value is not None}
 
 
-def _gather(spec: _Spec, stages: Sequence[queue.Queue], test: list[dict[str, Any]]) -> SweepResult:
+def _gather(spec: Spec, stages: Sequence[queue.Queue], test: list[dict[str, Any]]) -> SweepResult:
     records, missing = [], 0
     for stage in stages:
         finished = stage.finished()
@@ -433,7 +338,7 @@ def _versions() -> dict[str, Any]:
     return found
 
 
-def _work_together(arguments: dict[str, Any], spec: _Spec) -> SweepResult:
+def _work_together(arguments: dict[str, Any], spec: Spec) -> SweepResult:
     """Works in this process and others, which see the same storage."""
     if spec["storage"] is not None and not isinstance(spec["storage"], (str, os.PathLike)):
         raise ValueError("With `n_workers` > 1, `storage` must be None, a path or a URL.")
@@ -448,11 +353,11 @@ def _work_together(arguments: dict[str, Any], spec: _Spec) -> SweepResult:
         for process in others:
             process.start()
         try:
-            return _work(_check(shared))
+            return _work(check(shared))
         finally:
             for process in others:
                 process.join()
 
 
 def _work_quietly(arguments: dict[str, Any]) -> None:
-    _work(_check({**arguments, "progress": False, "retry_failed": False}))
+    _work(check({**arguments, "progress": False, "retry_failed": False}))
