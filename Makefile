@@ -5,7 +5,7 @@
 #   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
 #   make test-compatibility   every KerasHub backbone on JAX, a sample on the others
 #   make lint        ruff, mypy and import rules
-#   make bench       measure against every peer; ARGS="--suite quick" takes minutes, not an hour
+#   make bench       measure against every peer; ARGS="--suite quick" for little of each
 #   make coverage    the suite on each backend, with one combined report
 
 PYTHON ?= python3

@@ -1,7 +1,7 @@
 """Measures this library against every peer in one process tree; writes JSON, Markdown, a picture.
 
-    python -m benchmarks                                     all parts; about an hour on two cores
-    python -m benchmarks --suite quick                       five minutes; writes nothing committed
+    python -m benchmarks                                     all parts
+    python -m benchmarks --suite quick                       little of each; commits nothing
     python -m benchmarks --suite gpu                         all parts in float32 and bfloat16
     python -m benchmarks --parts contract --blocks 15
     python -m benchmarks --parts memory --cases bert_wide --backends torch jax

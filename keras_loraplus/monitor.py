@@ -52,8 +52,8 @@ class LoRAPlusMonitor(keras.callbacks.Callback):
     No product of the kernel's size and no output of the adapter is formed: norms of products come
     from r x r matrices. A measurement costs one forward pass of the probe batch, outside of
     compiled functions, and copies of A and B; in between nothing is read, so that JAX is not made
-    to synchronise. With a probe of a batch's size the default, every 100th step, stays well below
-    5 % of the time of training. The first step is measured too, whatever `every` is.
+    to synchronise. A forward pass of a probe of a batch's size is a part of a training step's work,
+    and the default measures every 100th step. The first is measured too, whatever `every` is.
 
     Args:
         probe: A batch of model inputs, as `model(...)` takes them (not what a KerasHub preprocessor

@@ -49,9 +49,10 @@ KNOWN = {
     ("BASNetBackbone", "jax"): {
         "trains": "at the checks' rate of 0.01 the first step saturates the sigmoids behind its 63 "
         "convolutions, so that the second has no gradient for some; at 1e-4 two steps move every A "
-        "and B",
+        "and B (tried on PyTorch)",
         "merges": "63 convolutions in a row amplify rounding: a change of the kernels in their "
-        "last bit alone moves the outputs by 3e-5 of the largest, merging by 4e-5",
+        "last bit alone moves the outputs by 3e-5 of the largest (on PyTorch), "
+        "merging by 4e-5",
     },
 }
 
