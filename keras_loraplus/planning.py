@@ -18,7 +18,7 @@ from keras_loraplus.reach import uncalled_layers
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _targeted(candidates, targets, scope):
 def _all_linear(candidates):
     """Returns the dense layers, or, where there are none, the convolutions."""
     dense = [layer for layer in candidates if isinstance(layer, _LINEAR)]
-    return dense or [layer for layer in candidates if isinstance(layer, _CONVOLUTIONS)]
+    return dense or [layer for layer in candidates if isinstance(layer, CONVOLUTIONS)]
 
 
 def _asked(targets, scope):

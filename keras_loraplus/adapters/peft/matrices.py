@@ -13,9 +13,7 @@ from keras_loraplus.adapters.peft.mapping import layout_of
 from keras_loraplus.adapters.peft.packed import matrix_variable
 from keras_loraplus.adapters.peft.recording import record
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
-from keras_loraplus.planning import layer_path
-
-CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+from keras_loraplus.planning import CONVOLUTIONS, layer_path
 
 
 @dataclasses.dataclass(frozen=True)
