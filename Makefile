@@ -43,18 +43,20 @@ test: $(STAMP)
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; \
 	echo "All parts passed: lint, wheel, $(BACKENDS), compatibility"
 
-$(BACKENDS:%=test-%): test-%: $(STAMP)
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
-
-# The models are tiny and each is compiled several times: what XLA spends on optimising is for naught.
+# The tests' models are tiny and compiled often: what LLVM spends on their machine code is for naught.
+# It takes no part in what XLA makes of a graph.
 COMPILE_FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
+$(BACKENDS:%=test-%): test-%: $(STAMP)
+	KERAS_BACKEND=$* XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python -m pytest -q -n $(WORKERS) \
+	    --dist worksteal $(ARGS)
 
 test-compatibility: $(STAMP)
 	@failed=""; \
 	for backend in $(BACKENDS); do \
 	    echo "== compatibility on $$backend"; \
 	    KERAS_BACKEND=$$backend XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python -m pytest -q -n $(WORKERS) \
-	        -m compatibility tests/compatibility $(ARGS) || failed="$$failed $$backend"; \
+	        --dist worksteal -m compatibility tests/compatibility $(ARGS) || failed="$$failed $$backend"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED: compatibility on$$failed"; exit 1; fi
 
