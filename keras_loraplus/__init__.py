@@ -4,6 +4,7 @@ from keras_loraplus import callbacks, layers, optimizers, tuning
 from keras_loraplus.adapters import inspect_adapter, load_adapter, load_weights, save_adapter
 from keras_loraplus.adapters.peft import export_peft, import_peft
 from keras_loraplus.enable import enable_lora_plus, merge_lora_plus
+from keras_loraplus.layers import register_adapter, unregister_adapter
 from keras_loraplus.named import (
     active_adapter,
     add_adapter,
@@ -38,8 +39,10 @@ __all__ = [
     "loraplus",
     "merge_lora_plus",
     "optimizers",
+    "register_adapter",
     "requantization_errors",
     "save_adapter",
     "set_adapter",
     "tuning",
+    "unregister_adapter",
 ]

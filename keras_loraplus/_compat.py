@@ -1239,3 +1239,67 @@ def _from_preset(name, preset, **options):
             f"Expected a KerasHub preset, or a folder, of a model that {name} can be made of. "
             f"Received: {preset!r}, and KerasHub says: {str(error)[:300]}"
         ) from error
+
+
+# --- registered adapters -------------------------------------------------------------------------
+
+# Layers of KerasHub (0.32.0) whose own weights no two thin matrices can stand beside.
+HUB_NOT_ADAPTABLE = {
+    "keras_hub.src.models.rwkv7.rwkv7_layer.RWKV7TimeMix": (
+        "the matrices that it holds itself are pairs of thin ones already"
+    ),
+    "keras_hub.src.models.qwen3_5.qwen3_5_gated_delta_net.Qwen3_5GatedDeltaNet": (
+        "what it holds itself is one short filter for each channel"
+    ),
+}
+
+
+@contextlib.contextmanager
+def own_variables_as(layer, variables):
+    """Lets a layer hold just these variables, in this order, while it saves or loads.
+
+    `Layer.save_own_variables` (3.15.1) numbers the variables of the two lists that the layer holds,
+    and `Layer.load_own_variables` counts them.
+    """
+    stores = (layer._trainable_variables, layer._non_trainable_variables)
+    before = [list(store) for store in stores]
+    stores[0][:], stores[1][:] = variables, []
+    try:
+        yield
+    finally:
+        for store, members in zip(stores, before, strict=True):
+            store[:] = members
+
+
+def in_order_of(variables, names):
+    """Returns variables in the order of their names, others behind them."""
+    return sorted(variables, key=lambda v: names.index(v.name) if v.name in names else len(names))
+
+
+def order_own_variables(layer, names):
+    """Puts what trains of a layer, and what does not, in the order of names.
+
+    `Layer._trainable_variables` and `_non_trainable_variables` (3.15.1): see `own_variables_as`.
+    """
+    for store in (layer._trainable_variables, layer._non_trainable_variables):
+        store[:] = in_order_of(store, names)
+
+
+def automatic_config(layer, layer_class):
+    """Returns the arguments that Keras noted of a layer whose class has no `get_config`, or {}.
+
+    `Operation._auto_config` (3.15.1) is read by `Operation.get_config` where that is the layer's
+    own, which it no longer is once the layer's class is one that adds to the config.
+
+    Raises:
+        NotImplementedError: If Keras could not note them.
+    """
+    if not hasattr(layer_class.get_config, "_is_default"):
+        return {}
+    noted = layer._auto_config
+    if noted is None:
+        raise NotImplementedError(
+            f"Layer '{layer.name}' cannot be saved: {layer_class.__name__} has no `get_config`, "
+            "and its arguments are not plain values. Write one that returns its arguments."
+        )
+    return dict(noted.config)

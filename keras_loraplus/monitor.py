@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers.embedding import LoRAPlusEmbedding, LoRAPlusReversibleEmbedding
+from keras_loraplus.layers.matrix_adapter import MatrixAdapter
 from keras_loraplus.layers.thin import output_factors, product_norm, update_factors
 from keras_loraplus.optimizers.assignments import assignments
 from keras_loraplus.registry import adapted_layers
@@ -181,7 +182,7 @@ class _Pair:
     """One frozen matrix of an adapted layer and the two factors beside it."""
 
     def __init__(self, path, layer, names, reverse_table):
-        self.path, self.layer = path, layer
+        self.path, self.layer, self.names = path, layer, names
         self.a, self.b = getattr(layer, names.a), getattr(layer, names.b)
         # A table of its own that turns outputs into logits, in an untied `ReversibleEmbedding`.
         self.is_reverse_table = reverse_table
@@ -193,7 +194,7 @@ class _Pair:
         return _as_float64(self.a), _as_float64(self.b)
 
     def norms(self, a, b):
-        update = self.layer.adapter.scale * product_norm(*update_factors(self.layer, a, b))
+        update = self.layer.adapter.scale * product_norm(*update_factors(self.names, a, b))
         return {
             "norm_a": float(np.linalg.norm(a)),
             "norm_b": float(np.linalg.norm(b)),
@@ -222,13 +223,18 @@ def _pairs_of(model):
     pairs = []
     for name, (path, layer) in zip(names, layers.items(), strict=True):
         for position, factors in enumerate(layer._factors()):
-            suffix = "/reverse" if position else ""
-            pairs.append(_Pair((name if unique else path) + suffix, layer, factors, position > 0))
+            table = position > 0 and isinstance(layer, LoRAPlusEmbedding)
+            suffix = "/reverse" if table else ""
+            if isinstance(layer, MatrixAdapter):
+                suffix = f"/{factors.kernel.strip('_')}"
+            pairs.append(_Pair((name if unique else path) + suffix, layer, factors, table))
     return pairs
 
 
 def _why_no_inputs(layer):
     """Returns why the adapter's inputs cannot be read, or None."""
+    if isinstance(layer, MatrixAdapter):
+        return f"what the matrices of {type(layer).__name__} multiply is known inside of it alone"
     known = (LoRAPlusEmbedding.call, LoRAPlusReversibleEmbedding.call)
     if isinstance(layer, LoRAPlusEmbedding) and type(layer).call not in known:
         return f"{type(layer).__name__} has a `call` of its own, which may change the tokens"

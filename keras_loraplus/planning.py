@@ -11,13 +11,19 @@ import keras
 
 from keras_loraplus import _compat
 from keras_loraplus.bypass import bypassed_layers
-from keras_loraplus.handwritten import why_not_adaptable
-from keras_loraplus.layers import AdapterSpec, is_adapted, lora_class_for, why_not_adoptable
+from keras_loraplus.handwritten import why_not_adaptable, why_not_asked_for
+from keras_loraplus.layers import (
+    AdapterSpec,
+    is_adapted,
+    kind_of,
+    lora_class_for,
+    why_not_adoptable,
+)
+from keras_loraplus.layers.adapter_types import CONVOLUTION, LINEAR, NAMED
 from keras_loraplus.outputs import output_layers
 from keras_loraplus.reach import uncalled_layers
 
 ALL_LINEAR = "all-linear"
-_LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
@@ -91,6 +97,7 @@ def make_plan(model, targets, exclude, trainable, spec_arguments, rank_pattern, 
     if targets is None or targets == ALL_LINEAR:
         # Nobody named these, and nobody should believe that they are adapted.
         listed = {id(la) for la in wanted}
+        by_hand.update({id(la): why_not_asked_for(la) for la in candidates if _unasked(la, listed)})
         listed |= {id(la) for la in candidates if by_hand[id(la)]} - excluded
         wanted = [la for la in candidates if id(la) in listed]
     reasons = {
@@ -168,6 +175,10 @@ def _wants_heads(targets):
     return targets is None or targets == ALL_LINEAR
 
 
+def _unasked(layer, listed):
+    return kind_of(type(layer)) == NAMED and id(layer) not in listed
+
+
 def _holds_matrix(layer):
     return any(len(variable.shape) >= 2 for variable in _compat.own_variables(layer)) or (
         lora_class_for(type(layer)) is not None
@@ -211,7 +222,7 @@ def _targeted(candidates, targets, scope):
         # Convolutional backbones have no layers of these names, and some transformers others.
         return named or _all_linear(candidates)
     if targets is None:
-        return candidates
+        return [layer for layer in candidates if kind_of(type(layer)) != NAMED]
     if targets == ALL_LINEAR:
         return _all_linear(candidates)
     targets = _as_list(targets, "targets")
@@ -227,8 +238,8 @@ def _targeted(candidates, targets, scope):
 
 def _all_linear(candidates):
     """Returns the dense layers, or, where there are none, the convolutions."""
-    dense = [layer for layer in candidates if isinstance(layer, _LINEAR)]
-    return dense or [layer for layer in candidates if isinstance(layer, CONVOLUTIONS)]
+    dense = [layer for layer in candidates if kind_of(type(layer)) == LINEAR]
+    return dense or [layer for layer in candidates if kind_of(type(layer)) == CONVOLUTION]
 
 
 def _asked(targets, scope):
@@ -310,6 +321,11 @@ def _kept_variables(layers, adapted, patterns):
         for layer in adapted
         for variable in _compat.own_variables(layer)
         if variable.name in ("kernel", "embeddings", "reverse_embeddings")
+    }
+    kernels |= {
+        id(vars(layer).get(name))
+        for layer in adapted
+        for name in lora_class_for(type(layer)).matrix_attributes()
     }
     candidates = [
         variable

@@ -12,6 +12,7 @@ from keras_loraplus.layers import (
     AdapterSpec,
     LoRAPlusEinsumDense,
     LoRAPlusEmbedding,
+    MatrixAdapter,
     is_adapted,
     lora_class_for,
     why_not_adoptable,
@@ -127,6 +128,8 @@ def _converted(backbone, rank, pairs):
 def _why_not_of(layer, rank, a, b):
     if issubclass(lora_class_for(type(layer)), LoRAPlusEmbedding):
         return "KerasHub saves no adapters of embeddings"
+    if issubclass(lora_class_for(type(layer)), MatrixAdapter):
+        return f"KerasHub saves no adapters of a {type(layer).__name__}"
     shape = matrix_shape(layer, "_kernel")
     expected = (*shape[:-1], rank), (rank, shape[-1])
     if (a.shape, b.shape) != expected:

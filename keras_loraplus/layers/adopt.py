@@ -18,23 +18,9 @@ from typing import Any
 import keras
 
 from keras_loraplus import _compat
+from keras_loraplus.layers.adapter_types import lora_class_for, registered_names, type_of
 from keras_loraplus.layers.base import LowRankLayer
-from keras_loraplus.layers.conv import LoRAPlusConv1D, LoRAPlusConv2D, LoRAPlusConv3D
-from keras_loraplus.layers.dense import LoRAPlusDense
-from keras_loraplus.layers.einsum_dense import LoRAPlusEinsumDense
-from keras_loraplus.layers.embedding import LoRAPlusEmbedding, LoRAPlusReversibleEmbedding
 from keras_loraplus.layers.spec import AdapterSpec
-
-# The more special class stands before the class it extends.
-LORA_CLASSES = (
-    LoRAPlusDense,
-    LoRAPlusEinsumDense,
-    LoRAPlusReversibleEmbedding,
-    LoRAPlusEmbedding,
-    LoRAPlusConv1D,
-    LoRAPlusConv2D,
-    LoRAPlusConv3D,
-)
 
 # Overriding one of these changes what the kernel means, so that W + s A B is not what a merged
 # layer would compute.
@@ -45,14 +31,6 @@ _REGISTERED = "AdoptedLayer"
 # Factors of merged layers. A function that TensorFlow traced before the merge reads them by handle,
 # with a scale of 0; without an owner they would be freed under it.
 _RETIRED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def lora_class_for(layer_class):
-    """Returns the LoRA+ class that extends a Keras layer class, or None."""
-    for lora_class in LORA_CLASSES:
-        if issubclass(layer_class, lora_class.plain_class):
-            return lora_class
-    return None
 
 
 def why_not_adoptable(layer):
@@ -69,15 +47,23 @@ def why_not_adoptable(layer):
         return "it already has a LoRA+ adapter"
     lora_class = lora_class_for(layer_class)
     if lora_class is None:
-        return f"{layer_class.__name__} is not a layer type that adapters exist for"
+        return why_without_adapter(layer_class)
     if not layer.built:
         return "it is not built"
     reason = lora_class.why_not_adaptable(layer)
-    return reason or _why_call_not_decomposable(layer, lora_class.plain_class)
+    return reason or _why_call_not_decomposable(layer, lora_class)
 
 
-def _why_call_not_decomposable(layer, plain_class):
-    layer_class = type(layer)
+def why_without_adapter(layer_class):
+    """Returns why layers of a class that no adapter is registered for have none."""
+    found = type_of(layer_class)
+    if found is not None and found.reason is not None:
+        return f"{layer_class.__name__} cannot have an adapter: {found.reason}"
+    return f"{layer_class.__name__} is not a layer type that adapters exist for"
+
+
+def _why_call_not_decomposable(layer, lora_class):
+    layer_class, plain_class = type(layer), lora_class.plain_class
     for hook in _KERNEL_HOOKS:
         if getattr(layer_class, hook, None) is not getattr(plain_class, hook, None):
             return f"{layer_class.__name__} overrides `{hook}`"
@@ -86,7 +72,7 @@ def _why_call_not_decomposable(layer, plain_class):
     name = layer_class.__name__
     advice = f"`{name}.call` must compute the product through `super().call(...)`"
     try:
-        reached, bypassed = _probe_call(layer, plain_class)
+        reached, bypassed = _probe_call(layer, plain_class, lora_class.matrix_attributes())
     except Exception as error:  # a user's call may fail on symbolic inputs in any way
         return f"{advice}, and could not be traced: {type(error).__name__}: {error}"
     if bypassed:
@@ -94,10 +80,9 @@ def _why_call_not_decomposable(layer, plain_class):
     return None if reached else f"{advice}, but it does not"
 
 
-def _probe_call(layer, plain_class):
-    """Traces a user's `call`; returns whether it reaches Keras's, and whether it goes round it."""
+def _probe_call(layer, plain_class, attributes):
+    """Traces a user's `call`; returns whether it reaches the plain one, and goes round it."""
     seen = {"reached": False, "bypassed": False, "inside": False}
-    attribute = "embeddings" if issubclass(plain_class, keras.layers.Embedding) else "kernel"
 
     class Probe(plain_class):  # type: ignore[valid-type, misc]
         def call(self, *args, **kwargs):
@@ -107,14 +92,21 @@ def _probe_call(layer, plain_class):
             finally:
                 seen["inside"] = False
 
-    def read(self):
-        if not seen["inside"]:
-            seen["bypassed"] = True
-        return getattr(plain_class, attribute).__get__(self)
+    def watched(attribute):
+        def read(self):
+            if not seen["inside"]:
+                seen["bypassed"] = True
+            if hasattr(plain_class, attribute):
+                return getattr(plain_class, attribute).__get__(self)
+            return vars(self)[attribute]
 
-    setattr(Probe, attribute, property(read))
+        return property(read)
+
+    for attribute in attributes:
+        setattr(Probe, attribute, watched(attribute))
     layer_class = type(layer)
-    arguments = _symbolic_arguments(layer, "int32" if attribute == "embeddings" else None)
+    takes_tokens = issubclass(plain_class, keras.layers.Embedding)
+    arguments = _symbolic_arguments(layer, "int32" if takes_tokens else None)
     layer.__class__ = type(layer_class.__name__, (layer_class, Probe), {})
     try:
         _compat.trace(layer.call, **arguments)
@@ -138,10 +130,13 @@ def _symbolic_arguments(layer, dtype):
     return arguments
 
 
-@functools.cache
 def adopted_class(layer_class):
     """Returns the class that a layer of `layer_class` has while it carries an adapter."""
-    lora_class = lora_class_for(layer_class)
+    return _adopted_class(layer_class, lora_class_for(layer_class))
+
+
+@functools.cache
+def _adopted_class(layer_class, lora_class):
     own_call = layer_class.call is not lora_class.plain_class.call
     bases = (lora_class,) if layer_class is lora_class.plain_class else (layer_class, lora_class)
     body = {
@@ -173,8 +168,8 @@ def _adopted_init(self, *args, lora_plus=None, **kwargs):
 
 def _adopted_get_config(self):
     adopted = type(self)
-    config = super(adopted, self).get_config()
     base = adopted.plain_class
+    config = {**_compat.automatic_config(self, base), **super(adopted, self).get_config()}
     config["lora_plus"] = {
         "adapter": self.adapter.get_config(),
         "frozen": list(self.frozen_names()),
@@ -233,9 +228,11 @@ class AdoptedLayer(keras.layers.Layer):
         if not isinstance(layer_class, type) or lora_class_for(layer_class) is None:
             raise ValueError(
                 f"Expected the class '{saved['class_name']}' of an adapted layer (module "
-                f"'{saved['module']}', registered as '{saved['registered_name']}'); it was not "
-                "found. Import the module that defines it, or register it with "
-                "`keras.saving.register_keras_serializable`, before loading."
+                f"'{saved['module']}', registered as '{saved['registered_name']}') and an adapter "
+                f"for it; {'the class' if layer_class is None else 'the adapter'} was not found. "
+                "Before loading, import the module that defines the class, or register it with "
+                "`keras.saving.register_keras_serializable`, and its own adapter with "
+                "`keras_loraplus.register_adapter`."
             )
         return adopted_class(layer_class).from_config(config)
 
@@ -257,7 +254,7 @@ def adopt(layer, spec):
     if reason:
         raise ValueError(
             f"Layer '{layer.path or layer.name}' cannot have an adapter: {reason}. Layers with "
-            f"adapters: {sorted({c.plain_class.__name__ for c in LORA_CLASSES})}, built, and "
+            f"adapters: {registered_names()}, built, and "
             "subclasses whose `call` delegates to `super().call(...)`."
         )
     _compat.check_distribution(layer)
@@ -305,12 +302,14 @@ def release(layer):
     before = layer.__dict__.pop("_before_adoption", None)
     layer.__dict__.pop("_adapter", None)
     layer.__dict__.pop("_frozen_names", None)
+    plain_names = layer.__dict__.pop("_plain_names", ())
     layer.__class__ = type(layer).plain_class
     if before is not None:
         _compat.restore_tracked_state(layer, before)
     else:
         # Loaded or made with its adapter: there was no time before it.
         _compat.thaw_variables(layer, frozen)
+        _compat.order_own_variables(layer, plain_names)
     _compat.refresh_class_bindings(layer)
     _RETIRED.pop(layer, None)
     retire(layer, retired)

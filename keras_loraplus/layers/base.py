@@ -29,6 +29,8 @@ class LowRankLayer(StoredLayer, _Mixed):
     # The Keras class that merging leaves behind.
     plain_class: type
     _is_adopted = False
+    # Names of the layer's weights before it had an adapter, in the order weight files may use.
+    _plain_names: tuple = ()
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class LowRankLayer(StoredLayer, _Mixed):
 
     def _build_adapter(self):
         self._check_adaptable()
+        self.__dict__["_plain_names"] = tuple(v.name for v in _compat.own_variables(self))
         _compat.freeze_variables(self, self._kernels())
         names = self.__dict__.get("_frozen_names", ())
         own = _compat.own_variables(self)
@@ -139,6 +142,18 @@ class LowRankLayer(StoredLayer, _Mixed):
                 "same.",
                 stacklevel=2,
             )
+
+    @classmethod
+    def matrix_attributes(cls):
+        """Returns the attributes through which a layer of `plain_class` gives its matrices."""
+        return ("kernel",)
+
+    @classmethod
+    def why_incomplete(cls):
+        """Returns what a subclass lacks that an adapter needs, or None."""
+        own = {name for base in cls.__mro__ if base is not LowRankLayer for name in vars(base)}
+        missing = sorted({"_plan_factors", "_factors", "call"} - own)
+        return f"it has no {' and no '.join(map(repr, missing))}" if missing else None
 
     def _plan_factors(self, spec) -> list:
         raise NotImplementedError
@@ -215,14 +230,16 @@ class LowRankLayer(StoredLayer, _Mixed):
             >>> LoRAPlusDense.from_layer(dense, rank=2) is dense
             True
         """
-        from keras_loraplus.layers.adopt import adopt, lora_class_for
+        from keras_loraplus.layers.adapter_types import lora_class_for
+        from keras_loraplus.layers.adopt import adopt
 
         spec = AdapterSpec(rank, alpha, init, scaling, dropout, max_rank)
         found = lora_class_for(type(layer))
         if found is None or not issubclass(found, cls):
             raise ValueError(
-                f"{cls.__name__}.from_layer expects a built `{cls.plain_class.__name__}` layer. "
-                f"Received: {layer!r} of type {type(layer).__name__}."
+                f"{cls.__name__}.from_layer expects a built layer of the class that it is "
+                f"registered for{_plain_name(cls)}. Received: {layer!r} of type "
+                f"{type(layer).__name__}."
             )
         return adopt(layer, spec)
 
@@ -375,6 +392,11 @@ class LowRankLayer(StoredLayer, _Mixed):
             # arguments of the same names.
             return config
         return {**config, **self._adapter.get_config()}
+
+
+def _plain_name(lora_class):
+    plain = getattr(lora_class, "plain_class", None)
+    return "" if plain is None else f", `{plain.__name__}`"
 
 
 def is_adapted(layer):

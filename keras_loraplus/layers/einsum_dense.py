@@ -73,9 +73,9 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         ]
 
     def _factors(self):
-        delta = split_einsum(self.equation).delta
-        product = lambda a, b: ops.einsum(delta, a, b)  # noqa: E731
-        return (Factors("_kernel", "lora_kernel_a", "lora_kernel_b", product),)
+        split = split_einsum(self.equation)
+        product = lambda a, b: ops.einsum(split.delta, a, b)  # noqa: E731
+        return (Factors("_kernel", "lora_kernel_a", "lora_kernel_b", product, split),)
 
     @classmethod
     def why_not_adaptable(cls, layer):

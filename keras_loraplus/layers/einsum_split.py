@@ -73,7 +73,7 @@ def kernel_axes(equation):
 
 
 @functools.cache
-def split_einsum(equation):
+def split_einsum(equation, groups=""):
     """Splits `input,kernel->output` at a rank axis.
 
     With the kernel's letters sorted by where else they occur:
@@ -92,6 +92,8 @@ def split_einsum(equation):
     Args:
         equation: An equation of `keras.layers.EinsumDense`; the input and the output
             may hold one ellipsis.
+        groups: Letters of kernel and output that are shared although the input does not have
+            them: every expert has factors of its own and gets the same input.
 
     Returns:
         An `EinsumSplit`.
@@ -107,13 +109,17 @@ def split_einsum(equation):
         ('bqm,ma->bqa', 'bqa,auh->bquh')
         >>> split_einsum("eti,eih->eth").up
         'eta,eah->eth'
+        >>> split = split_einsum("th,ehm->etm", groups="e")
+        >>> split.down, split.up
+        ('th,eha->eta', 'eta,eam->etm')
 
     Source: Hu et al., arXiv 2106.09685, written for einsum kernels.
     """
     inputs, kernel, outputs = _parse(equation)
-    shared = _kept(kernel, lambda axis: axis in inputs and axis in outputs)
+    given = inputs + groups
+    shared = _kept(kernel, lambda axis: axis in given and axis in outputs)
     contracted = _kept(kernel, lambda axis: axis in inputs and axis not in outputs)
-    free = _kept(kernel, lambda axis: axis not in inputs and axis in outputs)
+    free = _kept(kernel, lambda axis: axis not in given and axis in outputs)
     alone = _kept(kernel, lambda axis: axis not in inputs and axis not in outputs)
     if len(set(kernel)) != len(kernel):
         raise ValueError(f"The kernel repeats an axis. Received: equation={equation!r}.")
@@ -131,10 +137,10 @@ def split_einsum(equation):
     rank_axis = next(
         letter for letter in string.ascii_letters if letter not in inputs + kernel + outputs
     )
-    a_axes = _kept(kernel, lambda axis: axis in inputs)
+    a_axes = _kept(kernel, lambda axis: axis in shared + contracted)
     b_axes = shared + rank_axis + free
     inner = "".join(part for part in _tokens(inputs) if part == "..." or part in outputs)
-    inner += rank_axis
+    inner = _kept(shared, lambda axis: axis not in inputs) + inner + rank_axis
     batch = _tokens(inner)[:-1]
     is_matmul = (
         not shared

@@ -57,6 +57,11 @@ class LoRAPlusEmbedding(LowRankLayer, keras.layers.Embedding):
 
     plain_class = keras.layers.Embedding
 
+    @classmethod
+    def matrix_attributes(cls):
+        """Returns the attributes through which the layer gives its table."""
+        return ("embeddings",)
+
     def __init__(self, *args, weights=None, **kwargs):
         """Takes the arguments of the Keras layer, and those of the adapter by name."""
         super().__init__(*args, **kwargs)

@@ -18,12 +18,14 @@ class Factors:
         b: Name of the attribute that holds B.
         product: Function of the float32 values of A and B that returns A B in the
             kernel's shape.
+        split: The `EinsumSplit` that the factors follow, or None for two matrices.
     """
 
     kernel: str
     a: str
     b: str
     product: Any
+    split: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

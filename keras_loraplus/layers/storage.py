@@ -21,15 +21,25 @@ class StoredLayer(_Mixed):
 
     adapter: Any
     adapter_variables: Any
+    _plain_names: tuple
+
+    def _plain_variables(self):
+        """Returns the layer's variables without the adapter's, in the order from before it."""
+        adapter = {id(variable) for variable in self.adapter_variables().values()}
+        adapter.add(id(self.lora_scaling))
+        own = [v for v in _compat.own_variables(self) if id(v) not in adapter]
+        return _compat.in_order_of(own, self._plain_names)
 
     def save_own_variables(self, store):
         """Stores the frozen layer under its usual keys, and A, B and s under their names."""
         adapters = self.__dict__.get("_lora_plus_adapters")
         if adapters is not None:
             adapters.warn_of_saving(self)
-        super().save_own_variables(store)
         if not self.built:
+            super().save_own_variables(store)
             return
+        with _compat.own_variables_as(self, self._plain_variables()):
+            super().save_own_variables(store)
         for name, variable in self.adapter_variables().items():
             store[name] = variable
         store["lora_scaling"] = ops.convert_to_numpy(self.adapter.scale)
@@ -49,7 +59,8 @@ class StoredLayer(_Mixed):
         if found:
             self._check_factors_in(store, factors, found)
         plain = {key: store[key] for key in store.keys() if key not in found}
-        super().load_own_variables(plain)
+        with _compat.own_variables_as(self, self._plain_variables()):
+            super().load_own_variables(plain)
         for name, variable in factors.items():
             if found:
                 variable.assign(store[name])
@@ -79,9 +90,7 @@ class StoredLayer(_Mixed):
     def _check_load_own_variables(self, store):
         # Keras compares the number of entries with all variables of the layer; here the entries
         # are those of the frozen layer alone.
-        adapter = {id(variable) for variable in self.adapter_variables().values()}
-        adapter.add(id(self.lora_scaling))
-        expected = [v.name for v in _compat.own_variables(self) if id(v) not in adapter]
+        expected = [v.name for v in self._plain_variables()]
         if len(store.keys()) != len(expected):
             raise ValueError(
                 f"Layer '{self.name}' expected {len(expected)} frozen variables ({expected}) but "

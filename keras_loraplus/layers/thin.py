@@ -37,20 +37,20 @@ def product_norm(left, right):
     return float(np.sqrt(max(np.sum(left_gram * right_gram), 0.0)))
 
 
-def update_factors(layer, a, b):
+def update_factors(pair, a, b):
     """Returns A and B as stacks of matrices whose products are the update of the kernel.
 
     Args:
-        layer: A LoRA+ layer.
+        pair: The layer's `Factors`.
         a: Value of A as a numpy array.
         b: Value of B.
 
     Returns:
         Tuple of arrays (groups, n, r) and (groups, r, m). There is one group, except where an
-        einsum's kernel has axes that input and output share.
+        einsum's kernel has axes that input and output share (experts).
     """
-    if isinstance(layer, LoRAPlusEinsumDense):
-        return _einsum_left(layer, a), _einsum_right(layer, b)
+    if pair.split is not None:
+        return _einsum_left(pair.split, a), _einsum_right(pair.split, b)
     return a.reshape(1, -1, a.shape[-1]), b[None]
 
 
@@ -81,27 +81,25 @@ def output_factors(layer, inputs, a, b, reverse=False):
     if isinstance(layer, LowRankConv):
         return _conv_inner(layer, inputs, a), _conv_right(layer, b)
     if isinstance(layer, LoRAPlusEinsumDense):
-        return _einsum_inner(layer, inputs, a), _einsum_right(layer, b)
+        split = split_einsum(layer.equation)
+        return _einsum_inner(split, inputs, a), _einsum_right(split, b)
     return (inputs.reshape(-1, a.shape[0]) @ a)[None], b[None]
 
 
-def _einsum_left(layer, a):
-    split = split_einsum(layer.equation)
+def _einsum_left(split, a):
     own = split.a_axes + split.rank_axis
     a = a.transpose([own.index(axis) for axis in split.shared + split.contracted + split.rank_axis])
     groups = int(np.prod(a.shape[: len(split.shared)], dtype="int64"))
     return a.reshape(groups, -1, a.shape[-1])
 
 
-def _einsum_right(layer, b):
-    split = split_einsum(layer.equation)
+def _einsum_right(split, b):
     shared = len(split.shared)
     groups = int(np.prod(b.shape[:shared], dtype="int64"))
     return b.reshape(groups, b.shape[shared], -1)
 
 
-def _einsum_inner(layer, inputs, a):
-    split = split_einsum(layer.equation)
+def _einsum_inner(split, inputs, a):
     operands, inner = split.down.split("->")
     rest = inner.replace(split.rank_axis, "")
     for axis in split.shared:

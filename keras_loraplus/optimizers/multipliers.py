@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Last component of a variable's path -> its role. Native Keras LoRA uses the same names.
+# Last component of a variable's path -> its role. Native Keras LoRA uses the same names. A layer
+# with several matrices of its own has the matrix's name in the middle: `lora_kernel_up_proj_a`.
 ROLES = {
     "lora_kernel_a": "lora_a",
     "lora_kernel_b": "lora_b",
@@ -19,6 +20,7 @@ ROLES = {
     "lora_embeddings_b": "embedding_b",
 }
 OTHER = "other"
+_NAMED = re.compile(r"(lora_kernel|lora_embeddings)_\w+(_[ab])")
 
 _SHOWN_PATHS = 50
 
@@ -81,7 +83,9 @@ def role_of(path: str) -> str:
     >>> role_of("encoder/query/lora_kernel_b"), role_of("lora_kernel_b_head/kernel")
     ('lora_b', 'other')
     """
-    return ROLES.get(path.rsplit("/", 1)[-1], OTHER)
+    name = path.rsplit("/", 1)[-1]
+    named = _NAMED.fullmatch(name)
+    return ROLES.get("".join(named.groups()) if named else name, OTHER)
 
 
 def check_factor(name: str, value: object) -> float:

@@ -58,6 +58,11 @@ def test_an_explicit_target_does_not_list_the_rest():
     assert klp.enable_lora_plus(with_experts(), rank=2, targets=["first"]).skipped == ()
 
 
+def test_targets_that_mean_only_such_layers_are_refused():
+    with pytest.raises(ValueError, match="matched only layers that cannot be adapted"):
+        klp.enable_lora_plus(with_experts(), rank=2, targets=["experts", "first"])
+
+
 class Keeper(layers.Layer):
     """Keeps a layer that it never builds, and calls another."""
 
