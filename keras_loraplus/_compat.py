@@ -1243,6 +1243,16 @@ def _from_preset(name, preset, **options):
 
 # --- registered adapters -------------------------------------------------------------------------
 
+# KerasHub (0.32.0) exports the backbones of these, not the classes; the names stand for classes
+# that need not be imported.
+HUB_EXPERTS = {
+    "MixtralMoeExperts": "keras_hub.src.models.mixtral.mixtral_decoder.MixtralMoeExperts",
+    "QwenMoeExperts": "keras_hub.src.models.qwen_moe.qwen_moe_decoder.QwenMoeExperts",
+    "Qwen3MoeExperts": "keras_hub.src.models.qwen3_moe.qwen3_moe_decoder.Qwen3MoeExperts",
+    "Qwen3_5MoeExperts": "keras_hub.src.models.qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5MoeExperts",
+    "GptOssExperts": "keras_hub.src.models.gpt_oss.gpt_oss_decoder.GptOssExperts",
+}
+
 # Layers of KerasHub (0.32.0) whose own weights no two thin matrices can stand beside.
 HUB_NOT_ADAPTABLE = {
     "keras_hub.src.models.rwkv7.rwkv7_layer.RWKV7TimeMix": (

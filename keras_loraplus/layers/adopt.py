@@ -58,7 +58,7 @@ def why_without_adapter(layer_class):
     """Returns why layers of a class that no adapter is registered for have none."""
     found = type_of(layer_class)
     if found is not None and found.reason is not None:
-        return f"{layer_class.__name__} cannot have an adapter: {found.reason}"
+        return f"no adapter exists for a {layer_class.__name__}: {found.reason}"
     return f"{layer_class.__name__} is not a layer type that adapters exist for"
 
 

@@ -1,9 +1,9 @@
-"""Enters the adapters of Keras's layers in the table."""
+"""Enters the adapters of Keras's layers, and of KerasHub's banks of experts, in the table."""
 
 import keras
 
 from keras_loraplus import _compat
-from keras_loraplus.layers import adapter_types
+from keras_loraplus.layers import adapter_types, experts
 from keras_loraplus.layers.adapter_types import register_adapter
 from keras_loraplus.layers.conv import LoRAPlusConv1D, LoRAPlusConv2D, LoRAPlusConv3D
 from keras_loraplus.layers.dense import LoRAPlusDense
@@ -17,6 +17,10 @@ register_adapter(keras.layers.ReversibleEmbedding, LoRAPlusReversibleEmbedding)
 register_adapter(keras.layers.Conv1D, LoRAPlusConv1D, kind=adapter_types.CONVOLUTION)
 register_adapter(keras.layers.Conv2D, LoRAPlusConv2D, kind=adapter_types.CONVOLUTION)
 register_adapter(keras.layers.Conv3D, LoRAPlusConv3D, kind=adapter_types.CONVOLUTION)
+
+for name, adapter in experts.ADAPTERS.items():
+    # Not even "all-linear": PEFT's leaves banks of experts out too, and they are most of a model.
+    register_adapter(_compat.HUB_EXPERTS[name], adapter, kind=adapter_types.NAMED)
 
 for cell in (keras.layers.SimpleRNNCell, keras.layers.GRUCell, keras.layers.LSTMCell):
     register_adapter(cell, reason="its kernels are read step by step inside of a recurrence")

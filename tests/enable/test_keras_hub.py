@@ -190,7 +190,7 @@ def test_default_targets_of_a_backbone_without_such_layers():
     assert [layer.layer_class for layer in report.adapted] == ["Conv2D"] * 3
 
 
-def test_experts_are_reported_as_not_adaptable():
+def test_experts_are_reported_as_left_out():
     backbone = keras_hub.models.MixtralBackbone(
         vocabulary_size=31,
         num_layers=1,
@@ -204,10 +204,11 @@ def test_experts_are_reported_as_not_adaptable():
         report = klp.enable_lora_plus(backbone, rank=2, targets=targets)
         ((path, reason),) = report.skipped
         assert path.endswith("sparse_moe_block/experts") or "moe" in path
-        assert "MixtralMoeExperts is not a layer type that adapters exist for" in reason
+        assert "MixtralMoeExperts is adapted only where `targets` name it" in reason
         assert "expert_feedforward_gate_dense (3, 8, 12)" in reason
         assert reason in str(report)
         klp.merge_lora_plus(backbone)
-    names = [".*experts.*", "query"]
-    with pytest.raises(ValueError, match="matched only layers that cannot be adapted"):
-        klp.enable_lora_plus(backbone, rank=2, targets=names)
+    report = klp.enable_lora_plus(backbone, rank=2, targets=[".*experts", "query"])
+    found = {layer.layer_class for layer in report.adapted}
+    assert found == {"MixtralMoeExperts", "EinsumDense"}
+    assert report.skipped == ()
