@@ -1313,3 +1313,14 @@ def automatic_config(layer, layer_class):
             "and its arguments are not plain values. Write one that returns its arguments."
         )
     return dict(noted.config)
+
+
+# --- merging in blocks ----------------------------------------------------------------------------
+
+
+def is_laid_out(variable):
+    """Whether `keras.distribution` lays the variable out over devices.
+
+    `Variable._layout` is not public (3.15.1). A slice of such a variable would gather its parts.
+    """
+    return getattr(variable, "_layout", None) is not None

@@ -307,6 +307,8 @@ def _check_merge(layer, dequantize):
         )
     if layer.quantization_mode is not None and not dequantize:
         check_requantizable(layer)
+    if layer.merges_finitely():
+        return
     for name, value in layer.merged_values().items():
         if not bool(ops.all(ops.isfinite(ops.cast(value, "float32")))):
             parts = {

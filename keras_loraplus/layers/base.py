@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import quantized
+from keras_loraplus.layers.merging import is_surely_finite, merged_matrix
 from keras_loraplus.layers.spec import AdapterSpec
 from keras_loraplus.layers.storage import StoredLayer
 
@@ -314,20 +315,11 @@ class LowRankLayer(StoredLayer, _Mixed):
         Returns:
             Dict from the attribute name of the frozen variable to its merged value.
         """
-        merged = {}
-        for pair in self._factors():
-            delta = ops.multiply(
-                pair.product(
-                    ops.convert_to_tensor(getattr(self, pair.a)),
-                    ops.convert_to_tensor(getattr(self, pair.b)),
-                ),
-                self.adapter.scale,
-            )
-            total = ops.add(quantized.dequantized(self, pair.kernel), delta)
-            if self.quantization_mode is None:
-                total = ops.cast(total, getattr(self, pair.kernel).dtype)
-            merged[pair.kernel] = total
-        return merged
+        return {pair.kernel: merged_matrix(self, pair) for pair in self._factors()}
+
+    def merges_finitely(self):
+        """Returns whether bounds alone show that every merged value is finite."""
+        return all(is_surely_finite(self, pair) for pair in self._factors())
 
     def merged_names(self):
         """Returns the attribute names of the frozen variables that adapters stand beside."""
