@@ -3,6 +3,7 @@
 BACKENDS = ("tensorflow", "jax", "torch")
 CONTRACT_CASES = ("bert_wide", "dense_stack", "optimizer_step")
 MODEL_CASES = ("minilm_qv", "minilm_all", "llama", "vit", "resnet")
+EINSUM_CASES = ("einsum_flat", "einsum_moved")
 MEMORY_CASES = ("bert_wide", *MODEL_CASES)
 ARMS = ("full", "native", "native_same", "ours", "limit", "peft")
 TENSORS = (24, 192, 1500)

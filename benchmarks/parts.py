@@ -9,6 +9,7 @@ import sys
 from benchmarks import contract
 from benchmarks.names import (
     CONTRACT_CASES,
+    EINSUM_CASES,
     GROWTH,
     MEMORY_CASES,
     MODEL_CASES,
@@ -35,7 +36,7 @@ def run_contract(options):
 def run_models(options):
     """Returns {"arms": rows}: a step of every arm of every model, and over the frozen model."""
     rows = []
-    for case in options.cases or MODEL_CASES:
+    for case in options.cases or (*MODEL_CASES, *EINSUM_CASES):
         times = measure(case, options.backends, options.blocks, dtype=options.dtype)
         for row in times.arms(case):
             frozen = times.ratio((row["backend"], row["arm"]), (row["backend"], "limit"))

@@ -10,10 +10,12 @@ import pytest
 import benchmarks.__main__ as suite
 from benchmarks import parts, report
 from benchmarks.cases import CASES
+from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
 from benchmarks.names import BACKENDS, MEMORY_CASES
 from benchmarks.optimizer_cases import Tensors
 from benchmarks.rounds import Times, measure
+from keras_loraplus.layers.einsum_split import split_einsum
 
 OPTIONS = {"blocks": 2, "dtype": None, "cases": None}
 
@@ -34,6 +36,20 @@ def test_ours_and_native_train_the_same_kind_of_variables(name):
     adapters = {"lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"}
     assert names["ours"] & adapters == names["native_same"] & adapters
     assert len(trained["ours"]) == len(trained["native_same"])
+
+
+@pytest.mark.parametrize("kind", EQUATIONS)
+def test_projections_to_heads_and_back_train(kind):
+    sizes = {"width": 8, "heads": 2, "batch": 2, "tokens": 5, "pairs": 1}
+    for arm, make in einsum(kind, sizes).items():
+        step = make()
+        losses = [float(np.ravel(step())[0]) for _ in range(3)]
+        assert losses[-1] < losses[0]
+        names = {variable.name for variable in step.model.trainable_variables}
+        factors = {"lora_kernel_a", "lora_kernel_b"}
+        assert names == ({"bias"} if arm == "limit" else factors)
+    is_matmul = [split_einsum(equation).is_matmul for equation in EQUATIONS[kind]]
+    assert is_matmul == [kind == "flat"] * 2
 
 
 def test_a_case_is_measured_in_turn_in_processes_of_its_own(backend):
