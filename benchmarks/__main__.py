@@ -9,7 +9,8 @@
 Every backend has a process of its own; blocks of all arms of all backends alternate, so that a slow
 moment of the machine falls on all of them. A ratio is the median over rounds of the ratio within
 one round; the spread is its interquartile range over the median. Memory and first steps are
-measured in a fresh process for each arm. Each part writes results/PART.json and PART.md.
+measured in a fresh process for each arm. Each part writes results/PART.json and PART.md, with the
+seconds that it took, and then the README's part on measurements anew.
 """
 
 import argparse
@@ -19,18 +20,21 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import subprocess
 import tempfile
+import time
 
-from benchmarks import contract, report
+from benchmarks import contract, readme, report
 from benchmarks.names import BACKENDS
 from benchmarks.parts import PARTS
 
-RESULTS = pathlib.Path(__file__).with_name("results")
-README = pathlib.Path(__file__).parents[1] / "README.md"
+# Rounds of a part. The contract's ratios are the ones with a bound; the other parts have many more
+# arms, and the whole suite is to take about 40 minutes on two cores.
+BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3}
 QUICK = {
-    "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 5},
-    "models": {"cases": ["minilm_qv"], "blocks": 3},
+    "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 3},
+    "models": {"cases": ["minilm_qv"], "blocks": 2},
     "memory": {"cases": ["minilm_qv"]},
 }
 GPU_DTYPES = ("float32", "bfloat16")
@@ -71,9 +75,9 @@ def header(options, machine):
 
 
 def write(part, result, folder, suffix=""):
-    """Writes one part's JSON and Markdown; the contract's go into the README too."""
+    """Writes one part's JSON and Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = ("ratios" if part == "contract" else part) + suffix
+    name = (readme.CONTRACT if part == "contract" else part) + suffix
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     if part != "contract":
         page = report.as_markdown(part, result)
@@ -84,6 +88,18 @@ def write(part, result, folder, suffix=""):
     print(page, flush=True)
 
 
+def timed(function, *arguments):
+    """Returns what a part took, in seconds, and what it returned."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = function(*arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "elapsed_seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(worked, 1),
+    }, found
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,7 +108,7 @@ def parse(arguments):
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default: the suite's")
     parser.add_argument("--cases", nargs="+", help="cases of the part (one part only)")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--blocks", type=int, help="rounds; default: 9")
+    parser.add_argument("--blocks", type=int, help=f"rounds; default: {BLOCKS}")
     parser.add_argument("--output", type=pathlib.Path, help="folder; default: results/")
     options = parser.parse_args(arguments)
     if options.cases and len(options.parts or ()) != 1:
@@ -114,19 +130,21 @@ def main(arguments=None):
         parts = {part: QUICK.get(part, {}) for part in options.parts or QUICK}
     output = options.output
     if output is None:
-        output = RESULTS
+        output = readme.RESULTS
         if options.suite == "quick" or options.cases or set(options.backends) != set(BACKENDS):
             # A part of the measurements must not take the place of the committed ones.
             output = pathlib.Path(tempfile.mkdtemp(prefix="benchmarks-"))
     for dtype in dtypes:
         for part, settings in parts.items():
             chosen = {**settings, **{name: value for name, value in given.items() if value}}
-            options.cases, options.blocks = chosen.get("cases"), chosen.get("blocks", 9)
-            options.dtype = dtype
-            result = {**header(options, machine), **PARTS[part](options)}
+            options.cases, options.dtype = chosen.get("cases"), dtype
+            options.blocks = chosen.get("blocks", BLOCKS.get(part))
+            spent, found = timed(PARTS[part], options)
+            result = {**header(options, machine), **spent, **found}
             write(part, result, output, f"_gpu_{dtype}" if dtype else "")
-            if part == "contract" and output == RESULTS and dtype is None:
-                README.write_text(contract.into_readme(README.read_text(), result))
+            print(f"{part} took {spent['elapsed_seconds']:.0f} seconds\n", flush=True)
+            if output == readme.RESULTS:
+                readme.update()
     print(f"Written: {output}")
 
 

@@ -73,15 +73,3 @@ def as_markdown(result):
             f"{100 * row['spread']:.0f} % | {frozen} | {row['bound']:.2f}{met} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def into_readme(text, result):
-    """Returns the README with the table of a result in its place."""
-    begin, end = "<!-- bench: begin -->\n", "<!-- bench: end -->"
-    head, _, rest = text.partition(begin)
-    tail = rest.partition(end)[2]
-    said = (
-        f"Measured {result['date']} on {result['machine']}; medians of {result['blocks']} "
-        "interleaved blocks (`make bench`).\n\n"
-    )
-    return head + begin + said + as_markdown(result) + end + tail

@@ -13,10 +13,9 @@ def measured(result):
     """Returns when, where and with what it was measured."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     dtype = f"; dtype policy {result['dtype']}" if result.get("dtype") else ""
-    return (
-        f"Measured {result['date']} on {result['machine']}; {result['blocks']} interleaved "
-        f"blocks{dtype}; {versions}."
-    )
+    blocks = f"; {result['blocks']} interleaved blocks" if result.get("blocks") else ""
+    took = f"; it took {result['elapsed_seconds']:.0f} s" if "elapsed_seconds" in result else ""
+    return f"Measured {result['date']} on {result['machine']}{blocks}{dtype}{took}; {versions}."
 
 
 def table(heads, rows):

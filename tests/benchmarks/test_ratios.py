@@ -1,14 +1,13 @@
 """The arithmetic of the benchmark's report; the arms themselves run in `make bench`."""
 
-import json
-
 import keras
 import pytest
 
-from benchmarks.__main__ import README, RESULTS
+from benchmarks import readme
 from benchmarks.cases import CASES
-from benchmarks.contract import BOUNDS, as_markdown, into_readme, ratios
+from benchmarks.contract import BOUNDS, as_markdown, ratios
 from benchmarks.names import CONTRACT_CASES
+from benchmarks.report import as_markdown as as_page
 from benchmarks.rounds import spread
 
 
@@ -46,11 +45,46 @@ def test_the_frozen_models_ratio_stands_beside_ours():
     assert found == {"native (jax)": 0.5, "limit (jax)": None}
 
 
-def test_the_readmes_table_is_that_of_the_committed_results():
-    result = json.loads((RESULTS / "ratios.json").read_text())
-    assert into_readme(README.read_text(), result) == README.read_text()
-    assert as_markdown(result) in README.read_text()
-    assert (RESULTS / "ratios.md").read_text() == as_markdown(result)
+def test_the_readme_says_what_the_committed_results_say():
+    results = readme.read()
+    text = readme.README.read_text()
+    assert readme.into_readme(text, results) == text
+    assert as_markdown(results[readme.CONTRACT]) in text
+    for name, result in results.items():
+        page = (readme.RESULTS / f"{name}.md").read_text()
+        if name == readme.CONTRACT:
+            assert page == as_markdown(result)
+        else:
+            assert page == as_page(name.partition("_gpu_")[0], result)
+            assert f"(benchmarks/results/{name}.md)" in text
+
+
+def test_the_readme_has_memory_and_a_billion_parameters_once_they_are_measured():
+    ratios = {"date": "2026-01-01", "machine": "m", "blocks": 9, "ratios": []}
+    memory = [
+        {"case": case, "backend": "torch", "arm": arm, "extra": extra * 1_000_000}
+        for case, arm, extra in (("minilm_qv", "ours", 30), ("minilm_qv", "peft", 40))
+    ] + [{"case": "vit", "backend": "jax", "arm": "ours", "extra": 7_000_000}]
+    cost = {"seconds": 1.26, "extra_bytes": 33_000_000}
+    large = {
+        "backend": "torch",
+        "parameters": 1_034_000_000,
+        "base_bytes": 2_069_000_000,
+        "adapter_bytes": 26_000_000,
+        "enable": cost,
+        "merge": {"seconds": 9.0, "extra_bytes": 505_000_000},
+    }
+    text = f"before\n{readme.BEGIN}old\n{readme.END}\nafter\n"
+    results = {"ratios": ratios}
+    plain = readme.into_readme(text, results)
+    assert "old" not in plain and plain.startswith("before\n") and plain.endswith("\nafter\n")
+    results |= {"memory": {"date": "2026-01-02", "memory": memory}, "large": {"large": [large]}}
+    full = readme.into_readme(plain, results)
+    assert "| minilm_qv | torch |  |  |  | 30 |  | 40 |\n" in full and "vit" not in full
+    assert "`enable_lora_plus` takes 1.3 s and 33 MB on torch; " in full
+    assert "`merge_lora_plus` 9.0 s and 505 MB on torch.\n" in full
+    assert "[memory](benchmarks/results/memory.md)" in full
+    assert readme.into_readme(full, {"ratios": ratios}) == plain
 
 
 def test_the_arms_of_the_small_case_do_a_step(backend):

@@ -93,7 +93,7 @@ def test_48_multipliers_are_held_against_2(monkeypatch):
     seconds = {
         ("jax", f"ours/{number}"): [time] * 3 for number, time in ((1, 1.0), (2, 1.0), (48, 2.5))
     }
-    monkeypatch.setattr(parts, "measure", lambda *_: Times(seconds))
+    monkeypatch.setattr(parts, "measure", lambda *_, **__: Times(seconds))
     found = parts.run_optimizer(argparse.Namespace(**OPTIONS, backends=["jax"]))
     assert {row["met"] for row in found["many"]} == {False}
     page = report.as_markdown("optimizer", {**header(), **found})
@@ -113,8 +113,16 @@ def test_a_page_says_memory_over_the_frozen_model():
     assert "| c | jax | ours | 3 | 1.50 | buffers |" in page
 
 
+def test_a_part_says_what_it_took():
+    spent, found = suite.timed(lambda options: {"rows": options}, 3)
+    assert found == {"rows": 3} and set(spent) == {"elapsed_seconds", "processor_seconds"}
+    said = {**header(), "elapsed_seconds": 71.3}
+    assert "; 9 interleaved blocks; it took 71 s; keras 3." in report.measured(said)
+    assert "blocks" not in report.measured({**header(), "blocks": None})
+
+
 def test_the_suites_name_parts_and_cases_that_exist():
-    assert set(suite.QUICK) <= set(parts.PARTS)
+    assert set(suite.QUICK) | set(suite.BLOCKS) <= set(parts.PARTS)
     assert set(MEMORY_CASES) <= set(CASES)
     assert set(report.TABLES) == set(report.TITLES) == set(parts.PARTS) - {"contract"}
     assert {f"growth_{what}" for what in parts.EXPECTED_GROWTH} <= set(CASES)

@@ -1,0 +1,97 @@
+"""Writes what the README says of the measurements from the committed files, never by hand.
+
+python -m benchmarks.readme
+"""
+
+import json
+import pathlib
+
+from benchmarks import contract
+from benchmarks.names import ARMS
+from benchmarks.report import MEGABYTE, table
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+RESULTS = pathlib.Path(__file__).with_name("results")
+BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->"
+CONTRACT = "ratios"
+MEMORY_CASES = ("minilm_qv", "bert_wide")
+TITLES = {
+    "full": "full fine-tuning",
+    "native": "native",
+    "native_same": "native, same trained matrices",
+    "ours": "ours",
+    "limit": "limit",
+    "peft": "PEFT",
+}
+
+
+def read(folder=RESULTS):
+    """Returns {name of a file: its content} for every result in the folder."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def into_readme(text, results):
+    """Returns the README with its part on measurements made from the results."""
+    head, _, rest = text.partition(BEGIN)
+    return head + BEGIN + section(results) + END + rest.partition(END)[2]
+
+
+def section(results):
+    """Returns the ratios, memory, the billion parameters and links to what else was measured."""
+    ratios = results[CONTRACT]
+    said = [
+        f"Measured {ratios['date']} on {ratios['machine']}; medians of {ratios['blocks']} "
+        f"interleaved blocks (`make bench`).\n\n{contract.as_markdown(ratios)}"
+    ]
+    if "memory" in results:
+        said.append(_memory(results["memory"]))
+    if "large" in results:
+        said.append(_large(results["large"]))
+    others = [f"[{name}](benchmarks/results/{name}.md)" for name in results if name != CONTRACT]
+    if others:
+        said.append(f"Every row: {', '.join(others)}.\n")
+    return "\n".join(said)
+
+
+def _memory(result):
+    extra = {
+        (row["case"], row["backend"], row["arm"]): f"{row['extra'] / MEGABYTE:.0f}"
+        for row in result["memory"]
+    }
+    measured = dict.fromkeys((case, backend) for case, backend, _ in extra)
+    rows = [
+        [case, backend, *(extra.get((case, backend, arm), "") for arm in ARMS)]
+        for case, backend in measured
+        if case in MEMORY_CASES
+    ]
+    lines = table(["case", "backend", *(TITLES[arm] for arm in ARMS)], rows)
+    return (
+        "What a step needs beyond the built model, in MB (JAX: XLA's buffers; the others: peak "
+        f"of the resident set), measured {result['date']}:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _large(result):
+    def costs(kind):
+        return ", ".join(
+            f"{row[kind]['seconds']:.1f} s and {row[kind]['extra_bytes'] / MEGABYTE:.0f} MB on "
+            f"{row['backend']}"
+            for row in result["large"]
+        )
+
+    row = result["large"][0]
+    return (
+        f"At {row['parameters'] / 1e9:.2f} billion parameters in bfloat16 "
+        f"({row['base_bytes'] / MEGABYTE:,.0f} MB; A and B are "
+        f"{row['adapter_bytes'] / MEGABYTE:.0f} MB) `enable_lora_plus` takes {costs('enable')}; "
+        f"`merge_lora_plus` {costs('merge')}.\n"
+    )
+
+
+def update(folder=RESULTS):
+    """Writes the README anew from the files of a folder."""
+    README.write_text(into_readme(README.read_text(), read(folder)))
+
+
+if __name__ == "__main__":
+    update()
