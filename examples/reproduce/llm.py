@@ -6,7 +6,8 @@ By default in small (configs/llm/smollm2.toml): SmolLM2-135M on Banking77, on a 
 int4 base. The model reads a text and writes the name of its class; only the name's tokens count in
 the loss. Ratio 1 is plain LoRA; every ratio is tried at each eta_A. Needs transformers, torch and
 gguf to unpack SmolLM2. `--config` names another setting, such as configs/llm/llama_mnli.toml, the
-article's. Started again with the same storage, it goes on. Writes results/llm.json after each base.
+article's. Started again with the same storage, it goes on, and several processes may share one
+storage (with OMP_NUM_THREADS=1 each, on few cores). Writes results/llm.json after each base.
 """
 
 import json
@@ -23,6 +24,9 @@ from text_classification.console import InputError, Parser, choose_backend, run
 from text_classification.downloads import SMOLLM2, cache_folder, fetch
 
 CONFIGS = pathlib.Path(__file__).with_name("configs") / "llm"
+METRICS = {"loss": "loss per token of the answers", "exact_match": "exact matches"}
+# One for each ratio; grey paper tells them apart.
+STYLES = ("o-", "s--", "^:", "v-.", "d-")
 
 
 def unpack_smollm2():
@@ -151,7 +155,7 @@ def sweep_base(config, task, preset, base, storage, **overrides):
         "epochs": config["epochs"],
         "batch_size": batch_size,
         "schedule": config["schedule"],
-        "monitor": "exact_match",
+        "monitor": config["monitor"],
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1),
         "about": {"base": base, **{key: config[key] for key in kept}},
         "storage": storage,
@@ -161,44 +165,75 @@ def sweep_base(config, task, preset, base, storage, **overrides):
     return tuning.sweep(build, train, judge, **{**settings, **overrides})
 
 
+def cells_of(result):
+    """Returns each finished cell with the means over the seeds of both metrics, best first."""
+    cells = []
+    for cell in result.cells("loraplus"):
+        rates = ("eta_a", "eta_b", "lr_ratio")
+        mine = [
+            record["metrics"]
+            for record in result.records
+            if record["status"] == "complete" and all(record[name] == cell[name] for name in rates)
+        ]
+        means = {name: common.plain(np.mean([m[name] for m in mine])) for name in METRICS}
+        cells.append({**{name: cell[name] for name in rates}, **means})
+    return cells
+
+
 def summary(result):
     """Returns the best cell of each ratio, and the test of the best of all, as plain data."""
     best = {}
-    for cell in result.cells("loraplus"):
+    for cell in cells_of(result):
         best.setdefault(f"{cell['lr_ratio']:g}", cell)
     return {
         **result.setup["about"],
+        "selected_by": result.monitor,
         "best_by_ratio": best,
-        "test": [record["test_metrics"] for record in result.test],
+        "test": [
+            {name: record[name] for name in ("eta_a", "eta_b", "seed", "test_metrics")}
+            for record in result.test
+        ],
+        "cells": cells_of(result),
         "not_complete": sum(r["status"] != "complete" for r in result.records),
         "missing": result.missing,
+        "trial_seconds": round(sum(r["seconds"] for r in (*result.records, *result.test))),
     }
 
 
 def write(output, config, found, seconds):
-    """Writes what was found so far, as JSON and as a picture of exact matches over eta_A."""
+    """Writes what was found so far, as JSON and as a picture of both metrics over eta_B."""
     content = {
         "setting": config,
         "bases": [summary(result) for result in found],
         "run": common.machine(seconds),
         "versions": found[-1].versions,
-        "cells": [result.cells("loraplus") for result in found],
     }
     report.write_json(content, f"{output}.json")
     pyplot = common.pyplot()
+    size = (5 * len(found), 3.6 * len(METRICS))
     figure, axes = pyplot.subplots(
-        1, len(found), figsize=(5 * len(found), 4), squeeze=False, sharey=True, layout="constrained"
+        len(METRICS), len(found), figsize=size, squeeze=False, sharey="row", layout="constrained"
     )
-    for axis, result in zip(axes[0], found, strict=True):
-        cells = result.cells("loraplus")
-        for ratio, style in zip(config["lr_ratio"], ("o-", "s--", "^:", "v-.", "d-"), strict=False):
-            mine = [cell for cell in cells if abs(cell["lr_ratio"] / ratio - 1) < 1e-6]
-            mine.sort(key=lambda cell: cell["eta_a"])
-            points = [cell["eta_b"] for cell in mine], [cell["mean"] for cell in mine]
-            axis.plot(*points, f"k{style}", label=f"ratio {ratio:g}")
-        axis.set(xscale="log", xlabel=r"$\eta_B$", title=f"{result.setup['about']['base']} base")
-        axis.legend(fontsize="small")
-    axes[0][0].set_ylabel("exact match on validation texts")
+    for column, result in enumerate(found):
+        cells = cells_of(result)
+        for row, name in enumerate(METRICS):
+            axis = axes[row][column]
+            for ratio, style in zip(config["lr_ratio"], STYLES, strict=False):
+                mine = [cell for cell in cells if abs(cell["lr_ratio"] / ratio - 1) < 1e-6]
+                mine.sort(key=lambda cell: cell["eta_b"])
+                points = [cell["eta_b"] for cell in mine], [cell[name] for cell in mine]
+                axis.plot(*points, f"k{style}", label=f"ratio {ratio:g}")
+            axis.set(xscale="log", xlabel=r"$\eta_B$")
+            axis.legend(fontsize="small")
+        axes[0][column].set_title(f"{result.setup['about']['base']} base")
+    for row, label in enumerate(METRICS.values()):
+        axes[row][0].set_ylabel(label)
+    trained = config["train_texts"] or "all"
+    figure.suptitle(
+        f"{config['preset']} on {config['task']}, validation texts; {trained} training texts, "
+        f"rank {config['rank']}, init {config['init']}, seeds {config['seeds']}",
+        fontsize="small",
+    )
     figure.savefig(f"{output}.png", dpi=110)
     pyplot.close(figure)
 
