@@ -4,10 +4,11 @@
 
 By default in small (configs/llm/smollm2.toml): SmolLM2-135M on Banking77, on a float32 and on an
 int4 base. The model reads a text and writes the name of its class; only the name's tokens count in
-the loss. Ratio 1 is plain LoRA; every ratio is tried at each eta_A. Needs transformers, torch and
-gguf to unpack SmolLM2. `--config` names another setting, such as configs/llm/llama_mnli.toml, the
-article's. Started again with the same storage, it goes on, and several processes may share one
-storage (with OMP_NUM_THREADS=1 each, on few cores). Writes results/llm.json after each base.
+the loss. Ratio 1 is plain LoRA; every ratio is tried at each eta_A. SmolLM2 is unpacked by gguf,
+transformers and torch (the extra `examples`). `--config` names another setting, such as
+configs/llm/llama_mnli.toml, the article's. Started again with the same storage, it goes on, and
+several processes may share one storage (with OMP_NUM_THREADS=1 each, on few cores). Writes
+results/llm.json after each base.
 """
 
 import json
@@ -38,7 +39,9 @@ def unpack_smollm2():
         import gguf  # noqa: F401
         import transformers
     except ImportError as error:
-        raise InputError("SmolLM2 needs more: pip install transformers torch gguf") from error
+        raise InputError(
+            "SmolLM2 needs more packages: pip install 'keras-loraplus[examples]'"
+        ) from error
     folder = fetch(SMOLLM2)
     (file,) = folder.glob("*.gguf")
     partial = target.with_name(f"{target.name}.partial")
