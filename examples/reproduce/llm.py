@@ -11,6 +11,7 @@ several processes may share one storage (with OMP_NUM_THREADS=1 each, on few cor
 results/llm.json after each base.
 """
 
+import gc
 import json
 import pathlib
 import time
@@ -121,7 +122,13 @@ def load_model(preset, base):
     dtype = base if base in ("float32", "bfloat16") else "float32"
     model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None, dtype=dtype)
     if base != dtype:
-        model.quantize(base)
+        # Keras 3.15.1 looks through all objects for garbage each time that a layer drops a float
+        # kernel, 241 times here: minutes, unless what exists already is left out of it.
+        gc.freeze()
+        try:
+            model.quantize(base)
+        finally:
+            gc.unfreeze()
     return model
 
 
