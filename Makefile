@@ -4,6 +4,7 @@
 #   make test        lint, types, the suite on each backend, and the built wheel
 #   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
 #   make test-compatibility   every KerasHub backbone on JAX, a sample on the others
+#   make test-versions   other versions of Keras and Python, in environments of their own
 #   make lint        ruff, mypy and import rules
 #   make bench       measure against every peer; ARGS="--suite quick" for little of each
 #   make coverage    the suite on each backend, with one combined report
@@ -20,7 +21,7 @@ EXTRAS := examples,tensorflow,jax,torch,peft,dev
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: setup demo test test-compatibility compatibility-table lint wheel bench coverage clean $(BACKENDS:%=test-%)
+.PHONY: setup demo test test-compatibility compatibility-table test-versions lint wheel bench coverage clean $(BACKENDS:%=test-%)
 
 setup: $(STAMP)
 
@@ -66,6 +67,10 @@ compatibility-table: $(STAMP)
 	    KERAS_BACKEND=$$backend XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python \
 	        tools/compatibility_table.py $(ARGS) || exit 1; \
 	done
+
+# docs/versions.md anew. ARGS="-s keras-nightly" makes one environment, ARGS=-l lists them.
+test-versions: $(STAMP)
+	WORKERS=$(WORKERS) $(BIN)/nox $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
