@@ -14,7 +14,7 @@ import weakref
 import keras
 import numpy as np
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
-from keras.src.backend.common import global_state
+from keras.src.backend.common import global_state, masking
 
 # --- layers: state tracking, call caches, tracing ------------------------------------------------
 
@@ -192,12 +192,11 @@ def refresh_class_bindings(layer):
 
     `Layer.__new__` (3.15.1) wraps `build` and `quantize` of the class of that moment into instance
     attributes, and `Layer.__init__` caches the signature of `call`. After `layer.__class__` has
-    changed both would still be those of the former class.
+    changed both would still be those of the former class. 3.16.0.dev2026102704 wraps `build` alone.
     """
-    for name in ("build", "quantize"):
-        layer.__dict__.pop(name, None)
-    layer.__dict__["build"] = _wrapped_build(layer, layer.build)
-    layer.__dict__["quantize"] = _wrapped_quantize(layer, layer.quantize)
+    for name, wrapped in (("build", _wrapped_build), ("quantize", _wrapped_quantize)):
+        if layer.__dict__.pop(name, None) is not None:
+            layer.__dict__[name] = wrapped(layer, getattr(layer, name))
     layer._call_signature = inspect.signature(layer.call)
     names = [parameter.name for parameter in layer._call_signature.parameters.values()]
     layer.call_signature_parameters = names
@@ -273,7 +272,7 @@ def training_in_call_context():
 
 def set_mask(tensor, mask):
     """Attaches a Keras mask to a tensor; the public API only reads masks (3.15.1)."""
-    keras_backend.set_keras_mask(tensor, mask)
+    masking.set_keras_mask(tensor, mask)
 
 
 def with_fast_gradient(a):
@@ -1324,3 +1323,53 @@ def is_laid_out(variable):
     `Variable._layout` is not public (3.15.1). A slice of such a variable would gather its parts.
     """
     return getattr(variable, "_layout", None) is not None
+
+
+# --- quantized layers: Keras 3.15, and the strategies of 3.16's nightly builds --------------------
+
+
+def quantized_mode_call(layer_class, mode):
+    """Returns the unbound function that computes a Keras layer in a quantized mode.
+
+    3.15.1 has a method for each mode; 3.16.0.dev2026102704 asks a strategy, by the layer's own
+    mode. Neither is public.
+    """
+    method = getattr(layer_class, f"_{mode}_call", None)
+    return _strategy(mode).call if method is None else method
+
+
+def _strategy(mode):
+    """Returns Keras's strategy of a quantized mode, or None in a Keras that has none."""
+    try:
+        from keras.src.quantizers import strategy_registry
+    except ImportError:
+        return None
+    return strategy_registry.get_strategy(mode)
+
+
+def quantized_view(layer, name):
+    """Returns Keras's view of a quantized matrix, or None where Keras has no such views.
+
+    3.16.0.dev2026102704 (`keras.src.quantizers.quantized_weight`): the view has the `shape` of the
+    matrix, and `dequantize(dtype)`. In 3.15.1 a mode's layout is to be known.
+
+    Args:
+        layer: A quantized layer.
+        name: Attribute of the matrix in the layer that is not quantized.
+    """
+    strategy = _strategy(layer.quantization_mode)
+    if strategy is None:
+        return None
+    if name == "reverse_embeddings":
+        return strategy.quantized_weights(layer)[1]
+    return strategy.quantized_weight(layer)
+
+
+def is_calibrated(layer):
+    """Whether a layer of mode GPTQ or AWQ stores its matrix in that mode already.
+
+    3.15.1 has a flag for each mode, 3.16.0.dev2026102704 one for what is still to come.
+    """
+    if hasattr(layer, "calibration_pending"):
+        return not layer.calibration_pending
+    return bool(getattr(layer, f"is_{layer.quantization_mode}_calibrated", False))

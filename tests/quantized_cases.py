@@ -104,6 +104,9 @@ def matrices(layer):
         for v in layer.weights
         if "seed" not in v.name
     }
+    # Nightly builds of Keras name this variable in another way than the attribute.
+    if getattr(layer, "kernel_zero", None) is not None:
+        values["kernel_zero"] = np.array(keras.ops.convert_to_numpy(layer.kernel_zero))
     if isinstance(layer, keras.layers.Embedding):
         shape = (layer.input_dim, layer.output_dim)
         found = {"embeddings": _matrix(layer, values, "embeddings", shape, axis=-1, pack=-1)}
@@ -130,7 +133,7 @@ def _matrix(layer, values, name, shape, axis, pack):
     stored = unpacked(stored, shape[pack], pack)
     if f"{name}_zero" not in values:
         return stored / np.expand_dims(scale, axis)
-    size = layer._int4_block_size
+    size = layer.quantization_config.block_size
     groups = [entry // size for entry in range(shape[axis])]
     zero = values[f"{name}_zero"].astype("float64")
     return (stored - np.take(zero, groups, axis)) * np.take(scale, groups, axis)

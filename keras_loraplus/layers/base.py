@@ -363,6 +363,8 @@ class LowRankLayer(StoredLayer, _Mixed):
             ValueError: For GPTQ and AWQ, which stops `Model.quantize`.
         """
         del type_check
+        if mode is None and config is not None:
+            mode = config.mode
         reason = quantized.why_not_quantizable(self, mode)
         if reason:
             # `Model.quantize` turns the first into a warning. After that it would calibrate, and

@@ -1,13 +1,16 @@
 """What quantized Keras layers store, and how their frozen side is computed.
 
 Keras 3.15.1 keeps a quantized matrix packed, beside scales and zero points, and computes with it in
-a method for each mode. Those attributes and methods are not public; they are read here alone.
+a method for each mode. Those attributes and methods are not public; they are read here alone. Later
+builds of Keras have views of quantized matrices, which are asked where there is one.
 """
 
 import types
 
 import keras
 from keras import ops
+
+from keras_loraplus import _compat
 
 _DENSE = ("int8", "int4", "gptq", "awq")
 _TABLE = ("int8", "int4")
@@ -39,9 +42,9 @@ def why_not_adaptable(layer):
         return "it is quantized to float8, whose scales are trained along with its kernel"
     if known is None or mode not in MODES[known]:
         return f"it is quantized to {mode}, in which adapters of its kind do not exist"
-    if mode in CALIBRATED and not getattr(layer, f"is_{mode}_calibrated", False):
+    if mode in CALIBRATED and not _compat.is_calibrated(layer):
         return f"it is quantized to {mode} and not calibrated yet"
-    for method in ("call", "quantized_call", f"_{mode}_call"):
+    for method in ("call", "quantized_call", f"_{mode}_call", "_quantization_geometry"):
         own = [c for c in layer_class.__mro__ if method in vars(c) and issubclass(c, known)]
         if any(c not in (known, *known.__mro__) and not _is_ours(c) for c in own):
             return (
@@ -93,6 +96,10 @@ class _Bare:
     def __getattr__(self, name):
         return getattr(self._bare_layer, name)
 
+    def _quantization_geometry(self):
+        # What a strategy of Keras's computes with; of the layer itself it would add the adapter.
+        return type(self._bare_layer._quantization_geometry())(self)
+
 
 def product(layer, inputs):
     """Returns the product of the inputs and a quantized dense or einsum kernel, no bias added.
@@ -110,15 +117,16 @@ def product(layer, inputs):
     if _gradient_fails(layer):
         kernel = ops.cast(dequantized(layer, "_kernel"), layer.compute_dtype)
         return ops.einsum(layer.equation, inputs, ops.stop_gradient(kernel))
-    call = getattr(keras_class(type(layer)), f"_{layer.quantization_mode}_call")
+    call = _compat.quantized_mode_call(keras_class(type(layer)), layer.quantization_mode)
     return ops.cast(call(_Bare(layer), inputs), layer.compute_dtype)
 
 
 def _gradient_fails(layer):
-    """Whether Keras's gradient arranges the scales twice (3.15.1): int8 weights alone, on torch."""
+    """Whether Keras's gradient arranges the scales twice: int8 weights alone, on torch, in 3.15."""
     return (
         isinstance(layer, keras.layers.EinsumDense)
         and layer.quantization_mode == "int8"
+        and hasattr(keras.layers.EinsumDense, "_int8_call")
         and layer.inputs_quantizer is None
         and keras.backend.backend() == "torch"
     )
@@ -177,7 +185,8 @@ def logits(layer, inputs):
         Tensor `(..., input_dim)`.
     """
     names = [name for name in _TABLE_VARIABLES if getattr(layer, name, None) is not None]
-    call = getattr(keras.layers.ReversibleEmbedding, f"_{layer.quantization_mode}_call")
+    known = keras.layers.ReversibleEmbedding
+    call = _compat.quantized_mode_call(known, layer.quantization_mode)
 
     @ops.custom_gradient
     def reverse(inputs, *values):
@@ -244,6 +253,8 @@ def stored(layer, name):
 def matrix_shape(layer, name):
     """Returns the shape of a frozen matrix as the layer computes with it, not as it is packed."""
     mode = layer.quantization_mode
+    if mode is not None and (view := _compat.quantized_view(layer, name)) is not None:
+        return view.shape
     if name == "_embeddings":
         return (layer.input_dim, layer.output_dim)
     if name == "reverse_embeddings":
@@ -267,6 +278,8 @@ def dequantized(layer, name):
     mode = layer.quantization_mode
     if mode is None:
         return ops.cast(getattr(layer, name), "float32")
+    if (view := _compat.quantized_view(layer, name)) is not None:
+        return view.dequantize("float32")
     shape = matrix_shape(layer, name)
     if mode in CALIBRATED:
         return ops.reshape(_calibrated(layer), shape)
