@@ -29,8 +29,7 @@ NEEDS_TORCH = (
     "tests/examples/test_export_peft.py",
     "tests/oracles/test_peft_trajectory.py",
 )
-# As in the Makefile: the models are tiny and each is compiled several times. `make test-jax` runs
-# the same tests with all of XLA's optimisations, on one Python.
+# As in the Makefile.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
