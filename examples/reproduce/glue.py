@@ -15,7 +15,6 @@ import time
 import tomllib
 
 import common
-import numpy as np
 import tasks
 
 from text_classification import report
@@ -78,42 +77,42 @@ def summary(result):
     }
 
 
-def draw(summaries, path, eta_a, eta_b):
-    """Draws one map a sweep, and the ratios of the best four cells of all."""
+def draw(done, path):
+    """Draws one map a sweep, and the ratios of the best four cells of all.
+
+    Args:
+        done: List of pairs (what `summary` returned, the result).
+        path: Where to save the picture.
+    """
+    from keras_loraplus import tuning
+
+    done = [(found, result) for found, result in done if found["cells"]]
+    if not done:
+        return
     pyplot = common.pyplot()
     columns = 4
-    rows = -(-(len(summaries) + 1) // columns)
+    rows = -(-(len(done) + 1) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(3.9 * columns, 3.6 * rows), squeeze=False, layout="constrained"
     )
-    flat = list(axes.flat)
-    for axis, found in zip(flat, summaries, strict=False):
-        values = np.full((len(eta_b), len(eta_a)), np.nan)
-        for cell in found["cells"]:
-            values[eta_b.index(cell["eta_b"]), eta_a.index(cell["eta_a"])] = cell["mean"]
-        image = common.heatmap(
-            axis,
-            1 - values,
-            np.array(eta_a),
-            np.array(eta_b),
-            best=4,
-            shade=values,
-            title=f"{found['task']}, init {found['init']}",
-        )
-        figure.colorbar(image, ax=axis, label="validation accuracy")
-    last = flat[len(summaries)]
-    ratios = np.log2([ratio for found in summaries for ratio in found["ratios_of_best_four"]])
-    steps, counts = np.unique(np.round(ratios), return_counts=True)
-    last.bar(steps, counts, color="0.6", edgecolor="black", width=1.2)
-    last.set(
-        xlabel=r"$\log_2\ \eta_B/\eta_A$", ylabel="cells", title="ratio of the best four cells"
-    )
-    for axis in flat[len(summaries) + 1 :]:
+    maps, (last, *unused) = axes.flat[: len(done)], axes.flat[len(done) :]
+    for axis, (found, result) in zip(maps, done, strict=True):
+        tuning.plot_heatmap(result, ax=axis)
+        axis.set_title(f"{found['task']}, init {found['init']}", fontsize="medium")
+        # One legend serves all maps.
+        handles, labels = axis.get_legend_handles_labels()
+        axis.get_legend().remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    results = {f"{found['task']}, {found['init']}": result for found, result in done}
+    tuning.plot_ratio_distribution(results, ax=last)
+    last.set_title("ratio of the best 4 cells of each seed", fontsize="medium")
+    last.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    for axis in unused:
         axis.axis("off")
+    seeds = len(done[0][1].seeds)
     figure.suptitle(
-        "Validation accuracy over the rates of A and B, mean of the seeds. Star: best cell, "
-        "circles: next three,\nhatched: unfinished, diverged. Lines: ratio 1 (solid), 16 (dotted)",
-        fontsize="small",
+        f"LoRA+: validation accuracy over the rates of A and B, mean of {seeds} seeds",
+        fontsize="medium",
     )
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -174,7 +173,7 @@ def write(output, config, done, seconds):
         ],
     }
     report.write_json(json.loads(json.dumps(content)), f"{output}.json")
-    draw(summaries, f"{output}.png", config["eta_a"], config["eta_b"])
+    draw(done, f"{output}.png")
     for found in summaries:
         plus, plain = found["loraplus"], found["lora"]
         if plus and plain:

@@ -15,6 +15,9 @@ factor is scaled to a hundredth: A (`loraplus`, the article's advice) or B (`lor
 """
 
 import argparse
+import concurrent.futures
+import itertools
+import os
 import time
 
 import common
@@ -49,10 +52,13 @@ def gradients(hidden, targets, a, b, w_out):
     """Returns the loss and its gradients for A (n, r) and B (r, n)."""
     inner = hidden @ a  # (points, r)
     before = inner @ b  # (points, n)
-    active = before > 0
-    error = np.where(active, before, 0.0) @ w_out - targets
-    slope = (active * w_out) * (2.0 / len(targets) * error)[:, None]  # (points, n)
-    return np.mean(error**2), hidden.T @ (slope @ b.T), inner.T @ slope
+    active = (before > 0).astype(before.dtype)
+    error = np.maximum(before, 0.0) @ w_out - targets
+    # The slope for `before` is active * w_out * scaled; its factors are put where arrays are thin.
+    scaled = (2.0 / len(targets) * error)[:, None]
+    slope_a = hidden.T @ (scaled * (active @ (w_out[:, None] * b.T)))
+    slope_b = ((scaled * inner).T @ active) * w_out
+    return np.mean(error**2), slope_a, slope_b
 
 
 def loss(hidden, targets, a, b, w_out):
@@ -74,16 +80,18 @@ def descend(hidden, targets, a, b, w_out, eta_a, eta_b, read_after=READ_AFTER):
     return losses + [np.inf] * (len(read_after) - len(losses))
 
 
-def grid(seed, init):
-    """Returns test losses, an array (read after, eta_b, eta_a)."""
+def grid(job):
+    """Returns test losses of an (init, seed), an array (read after, eta_b, eta_a)."""
+    init, seed = job
     hidden, targets, a, b, w_out = setting(seed, init)
-    cells = [
-        [
-            descend(hidden, targets, a, b, w_out, np.float32(eta_a), np.float32(eta_b))
-            for eta_a in ETA_A
+    with np.errstate(over="ignore", invalid="ignore"):
+        cells = [
+            [
+                descend(hidden, targets, a, b, w_out, np.float32(eta_a), np.float32(eta_b))
+                for eta_a in ETA_A
+            ]
+            for eta_b in ETA_B
         ]
-        for eta_b in ETA_B
-    ]
     return np.moveaxis(np.array(cells), -1, 0)
 
 
@@ -110,6 +118,35 @@ def summary(losses):
     }
 
 
+def heatmap(axes, losses, title):
+    """Draws losses, an array (eta_b, eta_a); returns the image, for a colour bar.
+
+    The grid is too fine for the squares of klp.tuning.plot_heatmap, and numpy is all it needs.
+    """
+    log_a, log_b = np.log2(ETA_A), np.log2(ETA_B)
+    # Just before training diverges losses are huge, and would leave no grey for the others.
+    shade = np.log10(np.where(np.isfinite(losses), np.clip(losses, 1e-12, 1.0), np.nan))
+    image = axes.imshow(
+        shade,
+        origin="lower",
+        extent=(log_a[0] - 0.5, log_a[-1] + 0.5, log_b[0] - 0.5, log_b[-1] + 0.5),
+        cmap="Greys",
+        aspect="auto",
+    )
+    axes.set_facecolor("white")
+    axes.patch.set_hatch("////")
+    rows, columns = np.unravel_index(np.argsort(losses, axis=None)[:4], losses.shape)
+    axes.plot(log_a[columns[1:]], log_b[rows[1:]], "o", mec="black", mfc="white", ms=5)
+    axes.plot(log_a[columns[:1]], log_b[rows[:1]], "*", mec="black", mfc="white", ms=13)
+    low, high = axes.get_xlim(), axes.get_ylim()
+    for ratio, style in ((1, "-"), (16, ":")):
+        line = np.array(low)
+        axes.plot(line, line + np.log2(ratio), style, color="black", lw=0.9)
+    axes.set(xlim=low, ylim=high, xlabel=r"$\log_2\ \eta_A$", ylabel=r"$\log_2\ \eta_B$")
+    axes.set_title(title, fontsize="small")
+    return image
+
+
 def draw(tables, path, init):
     pyplot = common.pyplot()
     seeds = len(tables)
@@ -119,14 +156,8 @@ def draw(tables, path, init):
     for column, (seed, losses) in enumerate(tables.items()):
         for row, steps in enumerate(READ_AFTER):
             best = summary(losses[row])
-            image = common.heatmap(
-                axes[row][column],
-                losses[row],
-                ETA_A,
-                ETA_B,
-                best=4,
-                title=f"{steps} steps, seed {seed}: best ratio {best['ratio']:g}",
-            )
+            title = f"{steps} steps, seed {seed}: best ratio {best['ratio']:g}"
+            image = heatmap(axes[row][column], losses[row], title)
             figure.colorbar(image, ax=axes[row][column], label=r"$\log_{10}$ test loss")
     figure.suptitle(
         f"Toy model, init {init}: test loss over the rates of A and B.\nStar: best cell, circles: "
@@ -142,13 +173,15 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--inits", choices=SCALES, nargs="+", default=list(SCALES))
     parser.add_argument("--output", default=common.RESULTS / "toy", help="path without an ending")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    tables = {}
-    for init in options.inits:
-        with np.errstate(over="ignore", invalid="ignore"):
-            tables[init] = {seed: grid(seed, init) for seed in options.seeds}
-        draw(tables[init], f"{options.output}_{init}.png", init)
+    jobs = list(itertools.product(options.inits, options.seeds))
+    with concurrent.futures.ProcessPoolExecutor(options.workers) as pool:
+        found = dict(zip(jobs, pool.map(grid, jobs), strict=True))
+    tables = {init: {seed: found[init, seed] for seed in options.seeds} for init in options.inits}
+    for init, losses in tables.items():
+        draw(losses, f"{options.output}_{init}.png", init)
     each = [
         (losses[i], {"init": init, "seed": seed, "steps": steps})
         for init, seeds in tables.items()
