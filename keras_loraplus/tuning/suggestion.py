@@ -255,7 +255,15 @@ def _from_sweep(result: SweepResult, init: str | None) -> Suggestion:
         evidence.append(f"{result.missing} trials of the sweep are still missing.")
     if best["head_rate"] is not None:
         evidence.append(f"The head trained at {best['head_rate']:.3g} in that cell.")
-    as_good, caution = _compare(result, plus, plain)
+    share = (result.setup.get("about") or {}).get("most_frequent_class")
+    if result.monitor == "accuracy" and share is not None and best["mean"] <= share:
+        as_good = None
+        caution = (
+            f"These rates say nothing yet: the most frequent class alone makes up {share:.4g}. "
+            "Train longer, on more texts, or with a higher rate of the head."
+        )
+    else:
+        as_good, caution = _compare(result, plus, plain)
     return Suggestion(
         best["eta_a"], best["lr_ratio"], init, best["head_rate"], tuple(evidence), caution, as_good
     )

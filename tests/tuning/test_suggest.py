@@ -155,3 +155,14 @@ def test_the_optimizer_has_the_suggested_rates(adapted_only):
 def test_what_is_wrong_is_said(arguments, given, message):
     with pytest.raises(ValueError, match=message):
         suggest(*arguments, **given)
+
+
+def test_a_sweep_that_learnt_nothing_says_so():
+    learnt = two_arms([0.42], [0.42], about={"most_frequent_class": 0.41})
+    assert suggest(learnt).lora_as_good is True
+    nothing = two_arms([0.42], [0.42], about={"most_frequent_class": 0.42})
+    found = suggest(nothing)
+    assert (
+        found.lora_as_good is None
+        and "the most frequent class alone makes up 0.42" in found.caution
+    )
