@@ -1314,6 +1314,33 @@ def automatic_config(layer, layer_class):
     return dict(noted.config)
 
 
+def einsum_of_frozen(equation, inputs, kernel):
+    """Returns an einsum whose second operand is a constant.
+
+    TensorFlow (2.21) differentiates an einsum by both operands whatever is asked for; a compiled
+    function drops what nobody reads, an eager one would form a gradient of the kernel's size.
+    """
+    ops = keras.ops
+    operands, outputs = equation.replace(" ", "").split("->")
+    first, second = operands.split(",")
+    plain = keras_backend.backend() != "tensorflow" or isinstance(inputs, keras.KerasTensor)
+    if plain or not set(first) <= set(second + outputs):
+        return ops.einsum(equation, inputs, kernel)
+    import tensorflow as tf
+
+    inputs = ops.convert_to_tensor(inputs)
+
+    @tf.custom_gradient
+    def product(x):
+        def gradient(upstream):
+            back = ops.einsum(f"{outputs},{second}->{first}", upstream, kernel)
+            return ops.cast(back, x.dtype)
+
+        return ops.einsum(equation, x, kernel), gradient
+
+    return product(inputs)
+
+
 # --- merging in blocks ----------------------------------------------------------------------------
 
 

@@ -67,7 +67,8 @@ class MatrixAdapter(LowRankLayer):
         """
         split = split_einsum(self.equations[name], self.groups)
         a, b = self._scaled(*(getattr(self, factor) for factor in _names(name)))
-        outputs = ops.einsum(self.equations[name], inputs, self._frozen(getattr(self, name)))
+        kernel = self._frozen(getattr(self, name))
+        outputs = _compat.einsum_of_frozen(self.equations[name], inputs, kernel)
         inner = ops.einsum(split.down, self._dropped(inputs, training), a)
         return ops.add(outputs, ops.einsum(split.up, inner, b))
 
