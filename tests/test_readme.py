@@ -8,7 +8,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
