@@ -261,7 +261,7 @@ class LowRankLayer(StoredLayer, _Mixed):
         gradient.
         """
         flat = ops.reshape(inputs, (-1, a.shape[0]))
-        inner = ops.matmul(flat, _compat.with_fast_gradient(a))  # (tokens, r)
+        inner = _compat.thin_product(flat, a)  # (tokens, r)
         return _compat.add_product(outputs, inner, b)
 
     def _frozen(self, kernel):
