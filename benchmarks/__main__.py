@@ -31,7 +31,7 @@ from benchmarks.parts import PARTS
 
 # Rounds of a part. The contract's ratios are the ones with a bound; the other parts have many more
 # arms, and the whole suite is to take about 40 minutes on two cores.
-BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3}
+BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
 QUICK = {
     "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 3},
     "models": {"cases": ["minilm_qv"], "blocks": 2},

@@ -5,6 +5,7 @@ Keras is imported here with the backend that the worker's environment names.
 
 import functools
 
+from benchmarks import monitoring
 from benchmarks.checkpointing import checkpointing
 from benchmarks.dense_cases import VARIED, dense_stack, growth
 from benchmarks.einsum_cases import EQUATIONS, einsum
@@ -25,6 +26,7 @@ CASES = {
     **{f"optimizer_{count}": functools.partial(optimizer_table, count) for count in TENSORS},
     **{f"growth_{what}": functools.partial(growth, what) for what in VARIED},
     "checkpointing": checkpointing,
+    "monitor": monitoring.arms,
 }
 assert tuple(VARIED) == GROWTH
 assert set(EINSUM_CASES) <= set(CASES)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import contract
+from benchmarks import contract, monitoring
 from benchmarks.names import (
     CONTRACT_CASES,
     EINSUM_CASES,
@@ -195,6 +195,7 @@ PARTS = {
     "contract": run_contract,
     "memory": run_memory,
     "large": run_large,
+    "monitor": monitoring.run,
     "models": run_models,
     "optimizer": run_optimizer,
     "checkpointing": run_checkpointing,

@@ -138,11 +138,27 @@ def _checkpointing(result):
     return table(heads, rows)
 
 
+def _monitor(result):
+    heads = ["backend", "ms a step", "ms a measured step", "share of training", "must stay under"]
+    rows = [
+        [
+            row["backend"],
+            f"{row['step_ms']:.1f}",
+            f"{row['measured_ms']:.1f}",
+            f"{100 * row['share']:.1f} %",
+            f"{100 * row['bound']:.0f} %{_met(row)}",
+        ]
+        for row in result["monitor"]
+    ]
+    return table(heads, rows)
+
+
 def _met(row):
     return "" if row["met"] else " (not met)"
 
 
 TITLES = {
+    "monitor": "What LoRAPlusMonitor adds to training at its default",
     "models": "A training step of every arm",
     "memory": "What a training step needs beyond the built model",
     "optimizer": "The optimizer's step alone",
@@ -152,6 +168,7 @@ TITLES = {
     "checkpointing": "Gradient checkpointing of an adapted transformer",
 }
 TABLES = {
+    "monitor": _monitor,
     "models": _models,
     "memory": _memory,
     "optimizer": _optimizer,
