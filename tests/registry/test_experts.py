@@ -13,7 +13,7 @@ from tolerances import FLOAT32_LAYER, assert_close, relative_error
 
 import keras_loraplus as klp
 from keras_loraplus import _compat
-from keras_loraplus.layers import MatrixAdapter, experts
+from keras_loraplus.layers import MatrixAdapter, experts, merging
 
 EXPERTS, WIDTH, HIDDEN, TOKENS = 3, 5, 7, 11
 each = pytest.mark.parametrize("name", list(experts.ADAPTERS))
@@ -107,6 +107,15 @@ def test_outputs_are_those_of_the_formula_and_of_the_merged_bank(name):
     for attribute, value in layer.merged_values().items():
         getattr(plain, attribute).assign(value)
     assert_close(actual, to_numpy(plain(x)), FLOAT32_LAYER)
+
+
+def test_merging_in_blocks_is_by_expert(monkeypatch):
+    layer = adapted_bank("QwenMoeExperts")
+    whole = {name: to_numpy(value) for name, value in layer.merged_values().items()}
+    monkeypatch.setattr(merging, "BLOCK", 30)
+    for name, value in layer.merged_values().items():
+        assert len(merging._row_blocks(getattr(layer, name))) == EXPERTS
+        np.testing.assert_array_equal(to_numpy(value), whole[name])
 
 
 @each
