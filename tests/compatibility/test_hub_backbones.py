@@ -65,5 +65,5 @@ def test_the_checks_can_fail(monkeypatch):
     assert "not moved by two steps" in failures["trains"]
     assert "relative error" in failures["merges"]
     monkeypatch.setattr("keras_loraplus.planning.why_not_adaptable", lambda layer: None)
-    failures = run_checks(CASES["MixtralBackbone"])["all-linear"].failures
+    failures = run_checks(CASES["RWKV7Backbone"])["all-linear"].failures
     assert "hold matrices and are not reported" in failures["enables"]
