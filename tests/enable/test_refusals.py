@@ -95,7 +95,8 @@ def test_quantizing_to_float8_after_adapting_is_refused():
     with pytest.raises(NotImplementedError, match="float8: the scales"):
         model.get_layer("first").quantize("float8")
     assert state(model) == before
-    with pytest.warns(UserWarning, match="is not quantized to float8"):
+    # Nightly builds of Keras name the layers, and not their reasons.
+    with pytest.warns(UserWarning, match="is not quantized to float8|skipped.*'first'"):
         model.quantize("float8")
     for name in ("first", "second"):
         assert kl.is_adapted(model.get_layer(name))

@@ -52,6 +52,8 @@ def test_convolutions_of_unknown_size(name):
     assert_close(merged, trained, FLOAT32_MODEL)
 
 
+# Recurrent layers of nightly builds (3.16.0.dev2026102704) use a mask and warn that they lose it.
+@pytest.mark.filterwarnings("ignore:Layer 'reader' .of type LSTM. was passed an input with a mask")
 @pytest.mark.parametrize("kind", ["embedding", "reversible", "embedding-dense"])
 def test_masks_pass_through(kind):
     inputs = keras.Input((None,), dtype="int32")
