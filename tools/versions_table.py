@@ -36,7 +36,8 @@ Written by `tools/versions_table.py` from pytest's results; do not edit. `make t
 an environment for each row and runs the suite in it (`noxfile.py`): the oldest Keras that
 `pyproject.toml` allows, the newest release, the nightly build, and other versions of Python. The
 pinned versions of `constraints.txt`, on which `make test` runs the suite on every backend, fill the
-rest of each environment.
+rest of each environment. The nightly Keras has the nightly KerasHub beside it: 0.32.0 imports
+private names that have moved.
 """
 
 
