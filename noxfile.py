@@ -22,7 +22,7 @@ nox.options.error_on_missing_interpreters = True
 
 EVERYTHING = "examples,tensorflow,jax,torch,peft,dev"
 # torch's wheels bring gigabytes of CUDA libraries; on JAX only the comparisons with PEFT need it.
-WITHOUT_TORCH = "examples,tensorflow,jax,dev"
+WITHOUT_TORCH = "hub,tuning,tensorflow,jax,dev"
 NEEDS_TORCH = (
     "tests/adapters/peft",
     "tests/adapters/test_merged_exports.py::test_transformers_reads_a_merged_decoder",
