@@ -14,6 +14,7 @@ seconds that it took, and then the README's part on measurements anew.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -41,8 +42,13 @@ GPU_DTYPES = ("float32", "bfloat16")
 
 
 def versions():
+    """Returns the versions of what is measured, as far as it is installed."""
     names = ("keras", "keras-hub", "tensorflow", "jax", "torch", "peft", "transformers", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def gpu():

@@ -1,6 +1,7 @@
 """The suite's parts on tiny models, its arithmetic and its pages; `make bench` runs the others."""
 
 import argparse
+import importlib.metadata
 import json
 
 import keras
@@ -152,3 +153,13 @@ def test_a_part_that_is_not_all_does_not_replace_what_is_committed(monkeypatch, 
     suite.main(["--parts", "memory", "--cases", "tiny_resnet", "--backends", backend])
     assert json.loads((made / "memory.json").read_text())["cases"] == ["tiny_resnet"]
     assert keras.backend.backend() in BACKENDS
+
+
+def test_what_is_not_installed_has_no_version(monkeypatch):
+    def only_keras(name):
+        if name != "keras":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", only_keras)
+    assert suite.versions() == {"keras": "9.9"}
