@@ -57,7 +57,7 @@ test-compatibility: $(STAMP)
 	for backend in $(BACKENDS); do \
 	    echo "== compatibility on $$backend"; \
 	    KERAS_BACKEND=$$backend XLA_FLAGS="$(COMPILE_FAST)" $(BIN)/python -m pytest -q -n $(WORKERS) \
-	        --dist worksteal -m compatibility tests/compatibility $(ARGS) || failed="$$failed $$backend"; \
+	        --dist worksteal -m compatibility tests/compatibility tests/registry $(ARGS) || failed="$$failed $$backend"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED: compatibility on$$failed"; exit 1; fi
 
