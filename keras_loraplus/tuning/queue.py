@@ -14,6 +14,7 @@ key in the trial's user attributes. What Optuna leaves open is settled here.
   ours, does not count, and its piece is put in again, up to a number of times.
 """
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -21,7 +22,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 RECORDS = "records"
@@ -213,8 +214,9 @@ def _only(value: Any) -> Any:
     return kind(value, value)
 
 
-def open_storage(storage: Any, heartbeat: int) -> Any:
-    """Returns an Optuna storage.
+@contextlib.contextmanager
+def open_storage(storage: Any, heartbeat: int) -> Iterator[Any]:
+    """Gives an Optuna storage; the database's connections are closed in the end.
 
     Args:
         storage: None (memory, this process only), the path of an SQLite file, the URL of a
@@ -225,10 +227,21 @@ def open_storage(storage: Any, heartbeat: int) -> Any:
     import optuna
 
     if storage is None:
-        return optuna.storages.InMemoryStorage()
-    if not isinstance(storage, (str, os.PathLike)):
-        return storage
-    url = os.fspath(storage)
+        yield optuna.storages.InMemoryStorage()
+    elif not isinstance(storage, (str, os.PathLike)):
+        yield storage
+    else:
+        opened = _open_database(os.fspath(storage), heartbeat)
+        try:
+            yield opened
+        finally:
+            opened.remove_session()
+            opened.engine.dispose()
+
+
+def _open_database(url: str, heartbeat: int) -> Any:
+    import optuna
+
     if "://" not in url:
         os.makedirs(os.path.dirname(os.path.abspath(url)), exist_ok=True)
         url = f"sqlite:///{os.path.abspath(url)}"

@@ -171,12 +171,12 @@ def _import_optuna() -> None:
 def _work(spec: Spec) -> SweepResult:
     import optuna
 
-    storage = queue.open_storage(spec["storage"], spec["heartbeat"])
     verbosity = optuna.logging.get_verbosity()
     # Its lines, one or more a trial, would tear the progress bar; the records say the same.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        return _work_in(spec, storage)
+        with queue.open_storage(spec["storage"], spec["heartbeat"]) as storage:
+            return _work_in(spec, storage)
     finally:
         optuna.logging.set_verbosity(verbosity)
 

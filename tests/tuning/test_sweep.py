@@ -1,6 +1,8 @@
 """What a sweep trains, records, selects and reads the test data for."""
 
+import gc
 import json
+import sqlite3
 
 import keras
 import numpy as np
@@ -212,6 +214,21 @@ def test_interrupted_and_continued(tmp_path):
     assert {cell.eta_a for cell in third.cells} == {1e-2} and len(third.cells) == 2
     assert len(larger.records) == 6
     assert [r for r in larger.records if r["eta_a"] < 1e-2] == result.records[:4]
+
+
+def test_a_sweep_leaves_no_connection_open(tmp_path):
+    """Python 3.13 warns of each one that is left to the garbage collector."""
+
+    def fail(cell, report):
+        raise KeyboardInterrupt
+
+    sweep(Training(), storage=tmp_path / "sweep.db")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Training(fail), storage=tmp_path / "other.db")
+    left = [found for found in gc.get_objects() if issubclass(type(found), sqlite3.Connection)]
+    for connection in left:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")
 
 
 def test_failures_are_tried_again_only_when_told(tmp_path):
