@@ -143,9 +143,11 @@ def table(found, checks):
 
 
 def versions():
-    from importlib.metadata import version
+    import keras
+    import keras_hub
 
-    return ", ".join(f"{name} {version(name)}" for name in ("keras", "keras-hub"))
+    # Of the modules, since a nightly build is a package of another name.
+    return f"keras {keras.__version__}, keras-hub {keras_hub.__version__}"
 
 
 def main():
