@@ -586,10 +586,20 @@ def torch_values(variables):
     The property `Variable.value` looks up three scopes each time (3.15.1), which for some hundred
     small variables takes longer than their step; outside of scopes `_value` is what it returns.
     """
-    scopes = ("stateless_scope", "autocast_scope", "torch_device")
-    if any(global_state.get_global_attribute(scope) is not None for scope in scopes):
-        return [variable.value for variable in variables]
-    return [variable._value for variable in variables]
+    get = global_state.get_global_attribute
+    if get("stateless_scope") is get("autocast_scope") is get("torch_device") is None:
+        return [variable._value for variable in variables]
+    return [variable.value for variable in variables]
+
+
+def torch_scaled_rates(learning_rate, multipliers):
+    """Returns `scaled_rate` of each multiplier, by one list kernel."""
+    import torch
+
+    rate = keras.ops.cast(learning_rate, "float32")
+    scaled = torch._foreach_mul([rate] * len(multipliers), [float(m) for m in multipliers])
+    pairs = zip(multipliers, scaled, strict=True)
+    return [learning_rate if multiplier == 1.0 else value for multiplier, value in pairs]
 
 
 def torch_groups(variables, keys):
@@ -612,8 +622,11 @@ def _torch_decay(optimizer, rows):
     groups = torch_groups(variables, zip(*factors, strict=True))
     with torch.no_grad():
         rate = keras.ops.cast(optimizer.learning_rate, "float32")
-        for ((weight_decay, multiplier), dtype, _), positions in groups.items():
-            keep = 1 - weight_decay * scaled_rate(rate, multiplier)
+        # 1 - decay * (rate * multiplier)
+        keeps = torch_scaled_rates(rate, [multiplier for (_, multiplier), _, _ in groups])
+        keeps = torch._foreach_mul(keeps, [-float(decay) for (decay, _), _, _ in groups])
+        torch._foreach_add_(keeps, 1.0)
+        for (_, dtype, _), positions, keep in zip(groups, groups.values(), keeps, strict=True):
             values = [all_values[i] for i in positions]
             if dtype in (torch.bfloat16, torch.float16):
                 wide = [value.float() for value in values]
@@ -639,7 +652,7 @@ def torch_matching_gradients(gradients, variables):
     ]
 
 
-def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
+def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shared):
     """Does one Adam step for float32 variables of one device in torch's fused kernel.
 
     The kernel adds epsilon after the bias correction, Keras before it. With step counts so large
@@ -653,6 +666,7 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
         variables: Model variables.
         learning_rate: Their common rate.
         slots: Pairs (momentum, velocity), one a variable.
+        shared: Dictionary for what the groups of one step have in common; empty before the first.
 
     Returns:
         False, and nothing done, where the kernel does not apply: another dtype, a device without
@@ -661,7 +675,9 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
     """
     import torch
 
-    values = torch_values(variables)
+    count = len(variables)
+    tensors = torch_values([*variables, *(m for m, _ in slots), *(v for _, v in slots)])
+    values = tensors[:count]
     device = values[0].device
     if values[0].dtype != torch.float32 or device.type not in ("cpu", "cuda"):
         return False
@@ -669,19 +685,25 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots):
         return False
     if max(optimizer.beta_1, optimizer.beta_2) >= 1 or torch.compiler.is_compiling():
         return False
-    step = keras.ops.cast(optimizer.iterations + 1, "float32")
-    beta_1_power = optimizer.beta_1**step
-    beta_2_power = optimizer.beta_2**step
-    correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
-    rate = (keras.ops.cast(learning_rate, "float32") * correction).to(device)
-    # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
-    saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
+    if device not in shared:
+        step = keras.ops.cast(optimizer.iterations + 1, "float32")
+        beta_1_power = optimizer.beta_1**step
+        beta_2_power = optimizer.beta_2**step
+        correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+        # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
+        saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
+        shared[device] = correction, saturated
+    correction, saturated = shared[device]
+    # `keras.ops.cast` takes longer than the product.
+    if getattr(learning_rate, "dtype", None) != torch.float32:
+        learning_rate = keras.ops.cast(learning_rate, "float32")
+    rate = (learning_rate * correction).to(device)
     torch._fused_adam_(
         values,
         # The kernel reads memory in order, whatever the strides say.
         [gradient.contiguous() for gradient in gradients],
-        torch_values(momentum for momentum, _ in slots),
-        torch_values(velocity for _, velocity in slots),
+        tensors[count : 2 * count],
+        tensors[2 * count :],
         [],
         [saturated] * len(values),
         lr=rate,

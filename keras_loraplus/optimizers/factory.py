@@ -65,13 +65,13 @@ class _MuonDecay:
 class FusedAdamStep:
     """Takes Adam's step on torch in one fused kernel, where that computes the same."""
 
-    def _list_step(self, grads: Any, variables: Any, rate: Any) -> None:
+    def _list_step(self, grads: Any, variables: Any, rate: Any, shared: dict) -> None:
         if not self.amsgrad:  # type: ignore[attr-defined]
             indices = [self._get_variable_index(v) for v in variables]  # type: ignore[attr-defined]
             slots = [(self._momentums[i], self._velocities[i]) for i in indices]  # type: ignore[attr-defined]
-            if _compat.torch_fused_adam(self, grads, variables, rate, slots):
+            if _compat.torch_fused_adam(self, grads, variables, rate, slots, shared):
                 return
-        super()._list_step(grads, variables, rate)  # type: ignore[misc]
+        super()._list_step(grads, variables, rate, shared)  # type: ignore[misc]
 
 
 _EXTRAS: dict[str, tuple[type, ...]] = {

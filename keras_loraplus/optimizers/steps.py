@@ -152,27 +152,33 @@ class StepMixin(_Optimizer):
         groups = _compat.torch_groups(variables, self._multipliers_of(variables))
         advanced = [getattr(self, name) for name in self._advanced_once]
         before = [keras.ops.copy(variable) for variable in advanced]
-        for number, ((multiplier, _, _), chosen) in enumerate(groups.items()):
+        multipliers = [multiplier for multiplier, _, _ in groups]
+        rates = _compat.torch_scaled_rates(learning_rate, multipliers)
+        shared: dict[Any, Any] = {}
+        for number, (chosen, rate) in enumerate(zip(groups.values(), rates, strict=True)):
             if number:
                 for variable, value in zip(advanced, before, strict=True):
                     variable.assign(value)
             self._step_group(
-                [grads[i] for i in chosen],
-                [variables[i] for i in chosen],
-                _compat.scaled_rate(learning_rate, multiplier),
+                [grads[i] for i in chosen], [variables[i] for i in chosen], rate, shared
             )
 
-    def _step_group(self, grads: Sequence[Any], variables: Sequence[Any], rate: Any) -> None:
+    def _step_group(
+        self, grads: Sequence[Any], variables: Sequence[Any], rate: Any, shared: dict[Any, Any]
+    ) -> None:
         """Updates variables of one rate, dtype and device (torch only)."""
         low_precision = _compat.is_low_precision(variables[0])
         if low_precision:
             variables = [_compat.Float32Copy(variable) for variable in variables]
         grads = _compat.torch_matching_gradients(grads, variables)
-        self._list_step(grads, variables, rate)
+        self._list_step(grads, variables, rate, shared)
         if low_precision:
             _compat.torch_write_back(variables)
 
-    def _list_step(self, grads: Sequence[Any], variables: Sequence[Any], rate: Any) -> None:
+    def _list_step(
+        self, grads: Sequence[Any], variables: Sequence[Any], rate: Any, shared: dict[Any, Any]
+    ) -> None:
+        """Updates them; `shared` is a place for what the groups of one step have in common."""
         super()._parallel_update_step(grads, variables, rate)
 
     # --- low-precision variables ---
