@@ -86,8 +86,10 @@ class GptOssExpertsAdapter(ExpertBank):
         both = ops.add(both, ops.expand_dims(self.gate_up_proj_bias, axis=1))
         gate = ops.clip(both[..., 0::2], -1e9, self.limit)
         up = ops.clip(both[..., 1::2], -self.limit, self.limit)
-        gate = ops.multiply(gate, ops.sigmoid(ops.multiply(gate, self.alpha)))
-        outputs = self.product("down_proj", ops.multiply(ops.add(up, 1), gate), training)
+        # With Python's operators, as KerasHub has it: on torch they take `alpha` as it is, where
+        # the nightly Keras's `ops.multiply` would first round it to the compute dtype.
+        gate = gate * ops.sigmoid(gate * self.alpha)
+        outputs = self.product("down_proj", (up + 1) * gate, training)
         return ops.add(outputs, ops.expand_dims(self.down_proj_bias, axis=1))
 
 
