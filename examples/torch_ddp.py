@@ -28,14 +28,18 @@ def adapted_model(keras, klp, first):
     """Returns the model with adapters, compiled, in each process.
 
     Only the first process trains (or would load) the base: DDP sends its weights to the others.
+    DDP also needs the parameters in the same order everywhere, so `model` itself is made alike in
+    every process, and the trained weights are put into it.
     """
     keras.utils.set_random_seed(0)
     model = build_model(keras)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if first:
+        base = build_model(keras)
         x, y = readings(np.random.default_rng(0), 1024)
-        model.compile(keras.optimizers.AdamW(3e-3), loss=loss)
-        model.fit(x, y, batch_size=64, epochs=5, verbose=0)
+        base.compile(keras.optimizers.AdamW(3e-3), loss=loss)
+        base.fit(x, y, batch_size=64, epochs=5, verbose=0)
+        model.set_weights(base.get_weights())
     klp.enable_lora_plus(model, rank=4)
     model.compile(klp.LoRAPlusAdamW(2e-3, lr_ratio=16.0, global_clipnorm=1.0), loss=loss)
     return model
