@@ -26,9 +26,10 @@ class Gated(keras.layers.Layer):
         self.down = self.add_weight(name="down", shape=(self.width, OUTPUTS))
 
     def call(self, inputs):
-        gate = ops.tanh(ops.matmul(inputs, self.gate))
-        hidden = gate * ops.matmul(inputs, self._up) + self.offset
-        return ops.matmul(hidden, self.down)
+        # Einsums, as its adapter's: torch's `matmul` rounds otherwise on some processors.
+        gate = ops.tanh(ops.einsum("bi,ij->bj", inputs, self.gate))
+        hidden = gate * ops.einsum("bi,ij->bj", inputs, self._up) + self.offset
+        return ops.einsum("bj,jo->bo", hidden, self.down)
 
 
 class GatedAdapter(klp.layers.MatrixAdapter):

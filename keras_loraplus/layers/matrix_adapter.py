@@ -20,6 +20,9 @@ class MatrixAdapter(LowRankLayer):
     both. A subclass is registered with `keras_loraplus.register_adapter`, which says what it needs
     and has an example.
 
+    The product with W is `keras.ops.einsum`'s. A layer that multiplies by other means, such as
+    `keras.ops.matmul`, may differ from it in the last bit once it is adapted.
+
     Attributes:
         equations: Dict from the attribute that holds a matrix to its equation
             `input,matrix->output`.
