@@ -5,13 +5,13 @@
 By default in small (configs/minilm.toml): MiniLM-L6 on CoLA, SST-2, MRPC, Banking77 and Reuters R8,
 a 5 x 5 grid, two seeds; plain LoRA has as many cells as LoRA+. `--config` names another setting,
 such as configs/roberta.toml, the article's own. Stop it whenever you like: started again with the
-same storage, it goes on, and several processes may share one storage. After each finished sweep
-results/glue.json and the pictures are written again.
+same storage, it goes on, and several processes may share one storage (with OMP_NUM_THREADS=1 each,
+on few cores). A finished sweep is kept in results/glue/ and not run again; after each, glue.json
+and the picture are written anew from all that are kept.
 """
 
 import json
 import pathlib
-import time
 import tomllib
 
 import common
@@ -34,6 +34,32 @@ def preset_of(config):
     return str(fetch(MINILM)) if config["preset"] == "minilm" else config["preset"]
 
 
+def setting_of(config, task):
+    """Returns what of the configuration tells one sweep of a task from another."""
+    settings = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    length = config.get("sequence_lengths", {}).get(task)
+    return settings if length is None else {**settings, "sequence_length": length}
+
+
+def read_kept(path, config, task):
+    """Returns the finished sweep that a file holds, or None without the file.
+
+    Raises:
+        InputError: If it is of another setting.
+    """
+    from keras_loraplus.tuning import result
+
+    if not path.exists():
+        return None
+    kept = result.load(path)
+    if kept.setup["about"]["setting"] != setting_of(config, task):
+        raise InputError(
+            f"{path} is of another setting than the configuration: name another --output, or "
+            "delete it to run that sweep again"
+        )
+    return kept
+
+
 def sweep_task(config, task, preset, init, storage, **overrides):
     """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`.
 
@@ -41,14 +67,15 @@ def sweep_task(config, task, preset, init, storage, **overrides):
     """
     from keras_loraplus.tuning import text
 
-    length = config.get("sequence_lengths", {}).get(task.name, config["sequence_length"])
+    setting = setting_of(config, task.name)
     build = text.Builder(
         preset, len(task.classes), config["rank"], init=init, dtype=config["dtype"]
     )
     names = ("eta_a", "eta_b", "head_rate", "seeds", "epochs", "batch_size", "schedule")
     settings = {**{name: config[name] for name in names}, "storage": storage, **overrides}
-    # The name of the setting; the folder it stands for differs from machine to machine.
-    return text.sweep_task(task, build, length, about={"preset": config["preset"]}, **settings)
+    # The preset's name; the folder it stands for differs from machine to machine.
+    about = {"preset": config["preset"], "setting": setting}
+    return text.sweep_task(task, build, setting["sequence_length"], about=about, **settings)
 
 
 def summary(result):
@@ -73,7 +100,8 @@ def summary(result):
         "cells": cells["loraplus"],
         "not_complete": sum(r["status"] != "complete" for r in result.records),
         "missing": result.missing,
-        "seconds": round(sum(r["seconds"] for r in result.records)),
+        "trial_seconds": round(sum(r["seconds"] for r in (*result.records, *result.test))),
+        "versions": result.versions,
     }
 
 
@@ -135,43 +163,41 @@ def main(arguments=None):
     unknown = [name for name in names if name not in config["tasks"]]
     if unknown:
         raise InputError(f"no tasks of {options.config}: {', '.join(unknown)}")
-    missing = [name for name in names if name != "r8" and name not in folders]
+    choose_backend(options.backend)
+    with quiet_stderr():
+        import keras_loraplus as _  # noqa: F401
+    folder = pathlib.Path(options.output)
+    kept = {
+        (name, init): read_kept(folder / f"{name}_{init}.json", config, name)
+        for name, inits in config["tasks"].items()
+        for init in inits
+    }
+    to_run = [key for key, result in kept.items() if result is None and key[0] in names]
+    missing = sorted({name for name, _ in to_run} - {"r8", *folders})
     if missing:
         raise InputError(
             f"--data names no folder for {', '.join(missing)}: --data {missing[0]}=DIR"
         )
-    choose_backend(options.backend)
     storage = pathlib.Path(options.storage)
-    storage.mkdir(parents=True, exist_ok=True)
-    preset = preset_of(config)
-    done: list = []
-    start = time.perf_counter()
-    with quiet_stderr():
-        import keras_loraplus as _  # noqa: F401
-    for name in names:
-        limits = {key: config[key] for key in ("train_texts", "validation_texts", "test_texts")}
+    for path in (storage, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    limits = {key: config[key] for key in ("train_texts", "validation_texts", "test_texts")}
+    for name, init in to_run:
+        print(f"{name}, init {init}", flush=True)
         task = tasks.load(name, folders.get(name), **limits)
-        for init in config["tasks"][name]:
-            print(f"{name}, init {init}", flush=True)
-            result = sweep_task(config, task, preset, init, storage / f"{name}_{init}.db")
-            done.append((summary(result), result))
-            write(options.output, config, done, time.perf_counter() - start)
+        found = sweep_task(config, task, preset_of(config), init, storage / f"{name}_{init}.db")
+        found.save(folder / f"{name}_{init}.json")
+        kept[name, init] = found
+        write(options.output, config, [result for result in kept.values() if result])
+    if not to_run:
+        write(options.output, config, [result for result in kept.values() if result])
 
 
-def write(output, config, done, seconds):
+def write(output, config, results):
+    """Writes the summary of all results as JSON, and the picture."""
+    done = [(summary(result), result) for result in results]
     summaries = [found for found, _ in done]
-    content = {
-        "setting": config,
-        "sweeps": summaries,
-        "run": common.machine(seconds),
-        "versions": done[-1][1].versions,
-        "records": [
-            {key: r[key] for key in ("arm", "eta_a", "eta_b", "seed", "status", "value")}
-            | {"task": found["task"], "init": found["init"]}
-            for found, result in done
-            for r in result.records
-        ],
-    }
+    content = {"setting": config, "sweeps": summaries}
     report.write_json(json.loads(json.dumps(content)), f"{output}.json")
     draw(done, f"{output}.png")
     for found in summaries:

@@ -160,6 +160,44 @@ def test_every_configuration_takes_two_steps_on_a_tiny_random_model(
     assert found["missing"] == 0
     assert len(found["test_accuracy"]["lora"]) == (0 if "test" in overrides else 1)
     output = tmp_path / "glue"
-    glue.write(output, config, [(found, result)], 1.0)
+    glue.write(output, config, [result])
     assert json.loads(output.with_suffix(".json").read_text())["sweeps"][0]["task"] == "pairs"
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_finished_sweep_is_kept_and_not_run_again(module, data_folder, tmp_path, preset, capsys):
+    glue = module("glue")
+    lines = [
+        f'preset = "{preset}"\ndtype = "float32"\nschedule = "constant"\nhead_rate = 1e-3',
+        "rank = 2\nsequence_length = 32\nbatch_size = 4\nepochs = 1\nseeds = [0]",
+        "train_texts = 8\nvalidation_texts = 4\ntest_texts = 4\neta_a = [1e-3]\neta_b = [1e-2]",
+        '[sequence_lengths]\npairs = 16\n[tasks]\npairs = ["loraplus"]\nother = ["lora"]',
+    ]
+    path = tmp_path / "config.toml"
+    path.write_text("\n".join(lines))
+    config = glue.read_config(path)
+    assert glue.setting_of(config, "pairs")["sequence_length"] == 16
+    assert glue.setting_of(config, "other")["sequence_length"] == 32
+    output = tmp_path / "found"
+    arguments = ["--config", path, "--storage", tmp_path / "store", "--output", output]
+    arguments += ["--backend", keras.backend.backend(), "--tasks", "pairs"]
+    arguments = [str(argument) for argument in arguments]
+
+    glue.main([*arguments, "--data", f"pairs={data_folder}"])
+    kept = output / "pairs_loraplus.json"
+    first = json.loads(output.with_suffix(".json").read_text())
+    assert [sweep["task"] for sweep in first["sweeps"]] == ["pairs"]
+
+    # No data, no storage: what is kept is all that it takes.
+    (tmp_path / "store" / "pairs_loraplus.db").unlink()
+    capsys.readouterr()
+    glue.main(arguments)
+    assert "pairs, init loraplus\n" not in capsys.readouterr().out
+    assert json.loads(output.with_suffix(".json").read_text()) == first
+    with pytest.raises(Exception, match="names no folder for other"):
+        glue.main([*arguments[:-1], "other"])
+    before = kept.read_bytes()
+    path.write_text(path.read_text().replace("rank = 2", "rank = 3"))
+    with pytest.raises(Exception, match="is of another setting"):
+        glue.main(arguments)
+    assert kept.read_bytes() == before
