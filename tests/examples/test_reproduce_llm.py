@@ -107,9 +107,18 @@ def test_every_configuration_takes_two_steps_on_a_tiny_random_model(
     assert len(result.test) == (0 if "test" in overrides else 1)
     assert [record["error"] for record in result.records] == [None] * len(config["lr_ratio"])
     assert all(np.isfinite(record["metrics"]["loss"]) for record in result.records)
-    llm.write(tmp_path / "llm", config, [result], 1.0)
+    llm.write(tmp_path / "llm", config, [result])
     content = json.loads((tmp_path / "llm.json").read_text())
     assert sorted(content["bases"][0]["best_by_ratio"]) == [
         f"{ratio:g}" for ratio in config["lr_ratio"]
     ]
     assert (tmp_path / "llm.png").stat().st_size > 1000
+
+    # A kept result is taken for the same setting only, whatever other bases there are.
+    kept = tmp_path / "kept.json"
+    assert llm.common.read_kept(kept, llm.setting_of(config)) is None
+    result.save(kept)
+    found = llm.common.read_kept(kept, llm.setting_of(config | {"bases": ["bfloat16"]}))
+    assert found.records == result.records
+    with pytest.raises(Exception, match="is of another setting"):
+        llm.common.read_kept(kept, llm.setting_of(config | {"rank": 5}))
