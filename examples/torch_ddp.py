@@ -24,23 +24,34 @@ from text_classification.console import Parser, choose_backend, integer, quiet_s
 GLOBAL_BATCH = 32
 
 
-def adapted_model(keras, klp, first):
-    """Returns the model with adapters, compiled, in each process.
+def trained_base(keras):
+    """Returns the weights of the base, trained (or, elsewhere, loaded) by one process alone.
 
-    Only the first process trains (or would load) the base: DDP sends its weights to the others.
-    DDP also needs the parameters in the same order everywhere, so `model` itself is made alike in
-    every process, and the trained weights are put into it.
+    Before the processes are a group: inside of one, newer versions of Keras share the work of `fit`
+    among its processes, and wait for all of them.
+    """
+    keras.utils.set_random_seed(0)
+    base = build_model(keras)
+    x, y = readings(np.random.default_rng(0), 1024)
+    base.compile(
+        keras.optimizers.AdamW(3e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    base.fit(x, y, batch_size=64, epochs=5, verbose=0)
+    return base.get_weights()
+
+
+def adapted_model(keras, klp, weights=None):
+    """Returns the model with adapters, compiled, made alike in each process.
+
+    Only the first process has the base's weights: DDP sends them to the others.
     """
     keras.utils.set_random_seed(0)
     model = build_model(keras)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    if first:
-        base = build_model(keras)
-        x, y = readings(np.random.default_rng(0), 1024)
-        base.compile(keras.optimizers.AdamW(3e-3), loss=loss)
-        base.fit(x, y, batch_size=64, epochs=5, verbose=0)
-        model.set_weights(base.get_weights())
+    if weights is not None:
+        model.set_weights(weights)
     klp.enable_lora_plus(model, rank=4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(klp.LoRAPlusAdamW(2e-3, lr_ratio=16.0, global_clipnorm=1.0), loss=loss)
     return model
 
@@ -103,11 +114,12 @@ def work(rank, processes, rendezvous, epochs, output):
 
         import keras_loraplus as klp
 
+    weights = trained_base(keras) if rank == 0 else None
     torch.distributed.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=processes
     )
     try:
-        model = adapted_model(keras, klp, first=rank == 0)
+        model = adapted_model(keras, klp, weights)
         rng = np.random.default_rng(1)
         x, y = readings(rng, 512)
         x = new_sensor(rng, x)
