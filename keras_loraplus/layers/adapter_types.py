@@ -82,7 +82,7 @@ def register_adapter(layer_class, adapter=None, *, reason=None, kind=OTHER, over
         ...     def build(self, shape):
         ...         self.w = self.add_weight(name="w", shape=(shape[-1], 3))
         ...     def call(self, inputs):
-        ...         return keras.ops.square(keras.ops.matmul(inputs, self.w))
+        ...         return keras.ops.square(keras.ops.einsum("bi,ij->bj", inputs, self.w))
         >>> @klp.register_adapter(Bilinear)
         ... class BilinearAdapter(klp.layers.MatrixAdapter):
         ...     equations = {"w": "bi,ij->bj"}
