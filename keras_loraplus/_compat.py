@@ -1374,7 +1374,20 @@ def einsum_of_frozen(equation, inputs, kernel):
     return product(inputs)
 
 
-# --- merging in blocks ----------------------------------------------------------------------------
+# --- initial values, and merging in blocks --------------------------------------------------------
+
+
+def on_device(value):
+    """Returns a numpy array as the backend's, where `keras.ops` would compile a program for it.
+
+    JAX (0.10.2) compiles one for each shape in `jnp.asarray`, to which
+    `keras.ops.convert_to_tensor` leads (Keras 3.15.1), and none in `device_put`.
+    """
+    if keras_backend.backend() != "jax":
+        return value
+    import jax
+
+    return jax.device_put(value)
 
 
 def is_laid_out(variable):

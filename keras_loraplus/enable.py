@@ -61,7 +61,8 @@ def enable_lora_plus(
             that fullmatch a layer path.
         exclude: Names and regular expressions of targeted layers to leave out.
         init: `"loraplus"` (A zero, B random), `"lora"` (A random, B zero) or a pair of Keras
-            initializers.
+            initializers. With the names, one `keras.utils.set_random_seed` draws the same values
+            on every backend.
         scaling: `"standard"` (s = alpha / r) or `"rslora"` (s = alpha / sqrt(r)).
         dropout: Rate at which each adapter's input is dropped while training.
         max_rank: Rank up to which every A and B has room, filled with zeros, so that named adapters

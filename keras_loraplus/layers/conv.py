@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
-from keras_loraplus.layers.spec import factor_initializers
+from keras_loraplus.layers.initial import factor_initializers
 
 
 class LowRankConv(LowRankLayer):

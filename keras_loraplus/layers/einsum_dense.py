@@ -7,7 +7,7 @@ from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.layers.factors import Factor, Factors
-from keras_loraplus.layers.spec import factor_initializers
+from keras_loraplus.layers.initial import factor_initializers
 
 
 @keras.saving.register_keras_serializable("keras_loraplus")

@@ -7,7 +7,7 @@ from keras_loraplus import _compat
 from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
-from keras_loraplus.layers.spec import embedding_initializers, factor_initializers
+from keras_loraplus.layers.initial import embedding_initializers, factor_initializers
 
 
 @keras.saving.register_keras_serializable("keras_loraplus")
