@@ -626,14 +626,21 @@ def _torch_decay(optimizer, rows):
         keeps = torch_scaled_rates(rate, [multiplier for (_, multiplier), _, _ in groups])
         keeps = torch._foreach_mul(keeps, [-float(decay) for (decay, _), _, _ in groups])
         torch._foreach_add_(keeps, 1.0)
-        for (_, dtype, _), positions, keep in zip(groups, groups.values(), keeps, strict=True):
+        each = []
+        for (_, dtype, device), positions, keep in zip(groups, groups.values(), keeps, strict=True):
             values = [all_values[i] for i in positions]
-            if dtype in (torch.bfloat16, torch.float16):
+            if dtype != torch_step_dtype(dtype):
                 wide = [value.float() for value in values]
                 torch._foreach_mul_(wide, keep)
                 torch._foreach_copy_(values, wide)
+            elif device.type == "cpu":
+                each += [(value, keep) for value in values]
             else:
                 torch._foreach_mul_(values, keep)
+        # On the CPU a list kernel is a loop, so that one call serves all groups; on a GPU it is one
+        # launch, as long as all of its list is multiplied by one number.
+        if each:
+            torch._foreach_mul_(*map(list, zip(*each, strict=True)))
 
 
 def torch_write_back(copies):
@@ -644,12 +651,16 @@ def torch_write_back(copies):
     torch._foreach_copy_(originals, [copy.value for copy in copies])
 
 
-def torch_matching_gradients(gradients, variables):
-    """Returns gradients in the dtype of their variables, which `_foreach` kernels expect."""
-    return [
-        gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
-        for gradient, value in zip(gradients, torch_values(variables), strict=True)
-    ]
+def torch_step_dtype(dtype):
+    """Returns torch's dtype that variables of this one are updated in."""
+    import torch
+
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def torch_matching_gradients(gradients, dtype):
+    """Returns gradients in the dtype of their step, which `_foreach` kernels expect."""
+    return [gradient if gradient.dtype == dtype else gradient.to(dtype) for gradient in gradients]
 
 
 def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shared):
@@ -664,9 +675,10 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shar
         optimizer: The Adam optimizer, for its betas, epsilon and iteration count.
         gradients: Gradients, one a variable.
         variables: Model variables.
-        learning_rate: Their common rate.
+        learning_rate: Their common rate, one of those in `shared`.
         slots: Pairs (momentum, velocity), one a variable.
-        shared: Dictionary for what the groups of one step have in common; empty before the first.
+        shared: Dictionary for what the groups of one step have in common; before the first it has
+            `"rates"`, the list of their rates.
 
     Returns:
         False, and nothing done, where the kernel does not apply: another dtype, a device without
@@ -690,14 +702,13 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shar
         beta_1_power = optimizer.beta_1**step
         beta_2_power = optimizer.beta_2**step
         correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+        rates = shared["rates"]
+        corrected = torch._foreach_mul([keras.ops.cast(r, "float32") for r in rates], correction)
+        corrected = {id(r): c.to(device) for r, c in zip(rates, corrected, strict=True)}
         # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
         saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
-        shared[device] = correction, saturated
-    correction, saturated = shared[device]
-    # `keras.ops.cast` takes longer than the product.
-    if getattr(learning_rate, "dtype", None) != torch.float32:
-        learning_rate = keras.ops.cast(learning_rate, "float32")
-    rate = (learning_rate * correction).to(device)
+        shared[device] = corrected, saturated
+    corrected, saturated = shared[device]
     torch._fused_adam_(
         values,
         # The kernel reads memory in order, whatever the strides say.
@@ -706,7 +717,7 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shar
         tensors[2 * count :],
         [],
         [saturated] * len(values),
-        lr=rate,
+        lr=corrected[id(learning_rate)],
         beta1=optimizer.beta_1,
         beta2=optimizer.beta_2,
         weight_decay=0.0,

@@ -154,26 +154,19 @@ class StepMixin(_Optimizer):
         before = [keras.ops.copy(variable) for variable in advanced]
         multipliers = [multiplier for multiplier, _, _ in groups]
         rates = _compat.torch_scaled_rates(learning_rate, multipliers)
-        shared: dict[Any, Any] = {}
-        for number, (chosen, rate) in enumerate(zip(groups.values(), rates, strict=True)):
+        shared: dict[Any, Any] = {"rates": rates}
+        for number, ((_, dtype, _), chosen) in enumerate(groups.items()):
             if number:
                 for variable, value in zip(advanced, before, strict=True):
                     variable.assign(value)
-            self._step_group(
-                [grads[i] for i in chosen], [variables[i] for i in chosen], rate, shared
-            )
-
-    def _step_group(
-        self, grads: Sequence[Any], variables: Sequence[Any], rate: Any, shared: dict[Any, Any]
-    ) -> None:
-        """Updates variables of one rate, dtype and device (torch only)."""
-        low_precision = _compat.is_low_precision(variables[0])
-        if low_precision:
-            variables = [_compat.Float32Copy(variable) for variable in variables]
-        grads = _compat.torch_matching_gradients(grads, variables)
-        self._list_step(grads, variables, rate, shared)
-        if low_precision:
-            _compat.torch_write_back(variables)
+            step_dtype = _compat.torch_step_dtype(dtype)
+            group = [variables[i] for i in chosen]
+            if dtype != step_dtype:
+                group = [_compat.Float32Copy(variable) for variable in group]
+            group_grads = _compat.torch_matching_gradients([grads[i] for i in chosen], step_dtype)
+            self._list_step(group_grads, group, rates[number], shared)
+            if dtype != step_dtype:
+                _compat.torch_write_back(group)
 
     def _list_step(
         self, grads: Sequence[Any], variables: Sequence[Any], rate: Any, shared: dict[Any, Any]
