@@ -264,6 +264,28 @@ class LowRankLayer(StoredLayer, _Mixed):
         inner = _compat.thin_product(flat, a)  # (tokens, r)
         return _compat.add_product(outputs, inner, b)
 
+    def _adapted_product(self, inputs, adapter_inputs, a, b, equation=None, one_node=True):
+        """Returns `inputs W + (adapter_inputs A) B`, of an equation that is a product of matrices.
+
+        Args:
+            inputs: The layer's inputs.
+            adapter_inputs: The adapter's: the same, or what dropout left of them.
+            a: A (n, r).
+            b: B (r, m), s included.
+            equation: The layer's einsum equation, or None for a product of matrices.
+            one_node: Whether the kernel's axes are those of n and then those of m.
+        """
+        kernel = self._frozen(self.kernel)
+        if one_node and adapter_inputs is inputs:
+            outputs = _compat.adapted_product(equation, inputs, kernel, a, b)
+            if outputs is not None:
+                return outputs
+        if equation is None:
+            outputs = ops.matmul(inputs, kernel)
+        else:
+            outputs = ops.einsum(equation, inputs, kernel)
+        return self._plus_product(outputs, adapter_inputs, a, b)
+
     def _frozen(self, kernel):
         """Returns the kernel without a gradient of its own.
 

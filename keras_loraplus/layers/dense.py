@@ -75,10 +75,10 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
         adapter_inputs = self._dropped(inputs, training)
         if self.quantization_mode is None:
-            outputs = ops.matmul(inputs, self._frozen(self.kernel))  # (..., m)
+            outputs = self._adapted_product(inputs, adapter_inputs, a, b)  # (..., m)
         else:
             outputs = quantized.product(self, inputs)
-        outputs = self._plus_product(outputs, adapter_inputs, a, b)
+            outputs = self._plus_product(outputs, adapter_inputs, a, b)
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         if self.activation is not None:

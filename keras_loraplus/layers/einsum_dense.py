@@ -91,14 +91,20 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         split = split_einsum(self.equation)
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
         adapter_inputs = self._dropped(inputs, training)
-        if self.quantization_mode is None:
-            outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
-        else:
-            outputs = quantized.product(self, inputs)
         if split.is_matmul:
             a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
-            outputs = self._plus_product(outputs, adapter_inputs, a, b)
+        if split.is_matmul and self.quantization_mode is None:
+            in_order = kernel_axes(self.equation) == split.contracted + split.free
+            outputs = self._adapted_product(
+                inputs, adapter_inputs, a, b, self.equation, one_node=in_order
+            )
+        elif split.is_matmul:
+            outputs = self._plus_product(quantized.product(self, inputs), adapter_inputs, a, b)
         else:
+            if self.quantization_mode is None:
+                outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
+            else:
+                outputs = quantized.product(self, inputs)
             inner = ops.einsum(split.down, adapter_inputs, a)
             outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
         if self.bias is not None:
