@@ -3,6 +3,7 @@
 python -m benchmarks.child memory CASE ARM
 python -m benchmarks.child first_step CASE ARM
 python -m benchmarks.child large [tiny]
+python -m benchmarks.child profile CASE
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 
 import keras
 
-from benchmarks import large, resident
+from benchmarks import large, profiling, resident
 from benchmarks.cases import CASES
 from benchmarks.worker import use_dtype
 
@@ -102,7 +103,12 @@ def _start_compiler():
     model.train_on_batch(data, data)
 
 
-KINDS = {"memory": memory, "first_step": first_step, "large": large.enable_and_merge}
+KINDS = {
+    "memory": memory,
+    "first_step": first_step,
+    "large": large.enable_and_merge,
+    "profile": profiling.operations,
+}
 
 
 def main(kind, *arguments):

@@ -17,7 +17,7 @@ from benchmarks.names import (
     MODEL_CASES,
     TENSORS,
 )
-from benchmarks.rounds import SHORT_BLOCK_SECONDS, environment, measure
+from benchmarks.rounds import LONG_BLOCK_SECONDS, SHORT_BLOCK_SECONDS, environment, measure
 
 # Bars of the benchmark suite beside those of the contract.
 ENABLE_SECONDS, MANY_MULTIPLIERS = 2.0, 2.0
@@ -29,7 +29,13 @@ def run_contract(options):
     """Returns {"ratios": rows, "arms": rows} for the cases of the design contract."""
     found = {"ratios": [], "arms": []}
     for case in options.cases or CONTRACT_CASES:
-        times = measure(case, options.backends, options.blocks, dtype=options.dtype)
+        times = measure(
+            case,
+            options.backends,
+            options.blocks,
+            dtype=options.dtype,
+            block_seconds=LONG_BLOCK_SECONDS,
+        )
         found["ratios"] += contract.ratios(case, times.seconds)
         found["arms"] += times.arms(case)
     return found
@@ -171,6 +177,16 @@ def run_checkpointing(options):
     return {"checkpointing": rows}
 
 
+def run_profile(options):
+    """Returns {"profile": rows}: the operations of the contract's transformer step on torch."""
+    rows = []
+    if "torch" in options.backends:
+        for case in options.cases or ("bert_wide",):
+            found = child("torch", options.dtype, "profile", case)["rows"]
+            rows += [{"case": case, **row} for row in found]
+    return {"profile": rows}
+
+
 def child(backend, dtype, *arguments):
     """Returns what `benchmarks.child` measured in a process of its own."""
     done = subprocess.run(
@@ -201,4 +217,5 @@ PARTS = {
     "checkpointing": run_checkpointing,
     "first_step": run_first_step,
     "growth": run_growth,
+    "profile": run_profile,
 }

@@ -1,6 +1,8 @@
 """Markdown tables and the picture of what a suite measured."""
 
 MEGABYTE = 1e6
+# Of a step; an operation that takes less in every arm is in the JSON only.
+SHOWN_SHARE = 0.004
 
 
 def as_markdown(part, result):
@@ -153,6 +155,32 @@ def _monitor(result):
     return table(heads, rows)
 
 
+def _profile(result):
+    """The operations that take most in any arm, and what all of them take."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in result["profile"]):
+        rows = [row for row in result["profile"] if row["case"] == case]
+        arms = list(rows[0]["milliseconds"])
+        sums = {arm: sum(row["milliseconds"][arm] for row in rows) for arm in arms}
+        shown = [
+            row for row in rows if max(row["milliseconds"].values()) >= SHOWN_SHARE * sums["ours"]
+        ]
+        heads = ["case", "operation", *(f"{arm}, ms (calls)" for arm in arms), "ours - limit, ms"]
+        cells = [
+            [
+                case,
+                f"`{row['operation']}`",
+                *(f"{row['milliseconds'][arm]:.1f} ({row['calls'][arm]})" for arm in arms),
+                f"{row['milliseconds']['ours'] - row['milliseconds']['limit']:+.1f}",
+            ]
+            for row in shown
+        ]
+        total = [case, "all", *(f"{sums[arm]:.1f}" for arm in arms)]
+        cells.append([*total, f"{sums['ours'] - sums['limit']:+.1f}"])
+        lines += [*table(heads, cells), ""]
+    return lines[:-1]
+
+
 def _met(row):
     return "" if row["met"] else " (not met)"
 
@@ -166,6 +194,7 @@ TITLES = {
     "large": "Enabling and merging at a billion parameters in bfloat16",
     "first_step": "The first step, tracing and compilation included",
     "checkpointing": "Gradient checkpointing of an adapted transformer",
+    "profile": "The operations of a step on torch",
 }
 TABLES = {
     "monitor": _monitor,
@@ -176,6 +205,7 @@ TABLES = {
     "large": _large,
     "first_step": _first_step,
     "checkpointing": _checkpointing,
+    "profile": _profile,
 }
 
 
