@@ -1,10 +1,10 @@
-"""Interleaved measurement: every arm of every backend in turn, there and back again.
+"""Interleaved measurement: the arms take turns step by step, the backends block by block.
 
-Every backend has a process of its own; blocks of all arms of all backends alternate, so that a slow
-moment of the machine falls on all of them. A round takes the arms in order and then in reverse, and
-an arm's time in it is the mean of its two blocks, so that a machine that slows down steadily slows
-all arms alike. A ratio is formed within one round; what is reported is the median over the rounds
-and its spread, the interquartile range over the median.
+Every backend has a process of its own, in which a block is some steps of every arm in turn, so that
+a slow moment of the machine falls on all of them. A round takes the backends in order and then in
+reverse, and an arm's time in it is the mean of its two blocks, so that a machine that slows down
+steadily slows all alike. A ratio is formed within one round; what is reported is the median over
+the rounds and its spread, the interquartile range over the median.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import sys
 
 from benchmarks.names import DTYPE
 
-# A block is so long that the clock and a passing interruption matter little. Where a case has
-# dozens of arms, and no ratio of the contract, it is shorter.
-BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 0.4, 0.15
-STEPS_AT_LEAST, STEPS_AT_MOST = 2, 400
+# What the slowest arm's steps take of a block: so much that the clock and a passing interruption
+# matter little, most where a ratio has a bound, least where a case has dozens of arms.
+LONG_BLOCK_SECONDS, BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 2.0, 0.4, 0.15
+TURNS_AT_LEAST, TURNS_AT_MOST = 2, 400
 
 
 @dataclasses.dataclass
@@ -85,13 +85,13 @@ class Worker:
         """Waits until every arm has done its first steps."""
         self.step = json.loads(self._answer())
 
-    def block(self, arm, seconds):
-        """Returns the seconds of a step, from a block of them that takes about `seconds`."""
-        steps = round(seconds / max(self.step[arm], 1e-6))
-        steps = min(max(steps, STEPS_AT_LEAST), STEPS_AT_MOST)
-        self.process.stdin.write(f"{arm} {steps}\n")
+    def block(self, seconds):
+        """Returns {arm: seconds of a step}, from a block in which the slowest has `seconds`."""
+        turns = round(seconds / max(*self.step.values(), 1e-6))
+        turns = min(max(turns, TURNS_AT_LEAST), TURNS_AT_MOST)
+        self.process.stdin.write(f"{turns}\n")
         self.process.stdin.flush()
-        return float(self._answer())
+        return json.loads(self._answer())
 
     def _answer(self):
         line = self.process.stdout.readline()
@@ -130,13 +130,12 @@ def measure(case, backends, rounds, arms=(), dtype=None, block_seconds=BLOCK_SEC
     try:
         for worker in workers:
             worker.wait()
-        order = [(worker, arm) for worker in workers for arm in worker.step]
-        blocks = {(worker.backend, arm): [] for worker, arm in order}
+        blocks = {(worker.backend, arm): [] for worker in workers for arm in worker.step}
         for number in range(rounds + 1):
-            for worker, arm in order if number == 0 else order + order[::-1]:
-                taken = worker.block(arm, block_seconds)
-                if number:
-                    blocks[worker.backend, arm].append(taken)
+            for worker in workers if number == 0 else workers + workers[::-1]:
+                for arm, taken in worker.block(block_seconds).items():
+                    if number:
+                        blocks[worker.backend, arm].append(taken)
     finally:
         for worker in workers:
             worker.close()

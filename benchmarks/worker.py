@@ -1,10 +1,11 @@
-"""Holds the arms of one case on one backend, and runs a block of one of them when told to.
+"""Holds the arms of one case on one backend, and runs a block of all of them when told to.
 
     python -m benchmarks.worker CASE [ARM ...]
 
-Reads lines `ARM STEPS`, answers each with the median of the seconds that a step took, after one
-step that is not counted. The first line it writes gives each arm's seconds for one step, after two
-that compile and warm up.
+Reads lines with a number of turns. In such a block the arms take turns, there and back again, after
+one step of each that is not counted; the answer is the median of the seconds that a step of each
+arm took. A turn is one step, or some of an arm whose steps are much shorter than others'. The first
+line it writes gives each arm's seconds for one step, after two that compile and warm up.
 """
 
 import json
@@ -19,6 +20,8 @@ from benchmarks.cases import CASES
 from benchmarks.names import DTYPE
 
 SETTLE = 0.1
+# A turn's steps: so many that they take this share of the longest step, up to a number.
+TURN, STEPS_OF_A_TURN = 0.25, 20
 
 
 def use_dtype():
@@ -38,13 +41,19 @@ def main(case, wanted=()):
         for _ in range(3):
             seconds[name] = _timed(steps[name])
     print(json.dumps(seconds), file=answers, flush=True)
+    turn = TURN * max(seconds.values())
+    repeats = {name: max(1, min(int(turn / s), STEPS_OF_A_TURN)) for name, s in seconds.items()}
     for line in sys.stdin:
-        name, count = line.rsplit(maxsplit=1)
         # Threads of the process that ran before may still be spinning for work.
         time.sleep(SETTLE)
-        steps[name]()
-        block = [_timed(steps[name]) for _ in range(int(count))]
-        print(statistics.median(block), file=answers, flush=True)
+        block = {name: [] for name in steps}
+        for step in steps.values():
+            step()
+        for number in range(int(line)):
+            for name in list(steps)[:: -1 if number % 2 else 1]:
+                block[name] += [_timed(steps[name]) for _ in range(repeats[name])]
+        medians = {name: statistics.median(values) for name, values in block.items()}
+        print(json.dumps(medians), file=answers, flush=True)
 
 
 def _timed(step):
