@@ -99,12 +99,13 @@ def draw(done, path):
     if not done:
         return
     pyplot = common.pyplot()
-    columns = 4
-    rows = -(-(len(done) + 1) // columns)
+    # After the maps come the ratios and what their symbols mean.
+    columns = 3
+    rows = -(-(len(done) + 2) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(3.9 * columns, 3.6 * rows), squeeze=False, layout="constrained"
     )
-    maps, (last, *unused) = axes.flat[: len(done)], axes.flat[len(done) :]
+    maps, (last, key, *unused) = axes.flat[: len(done)], axes.flat[len(done) :]
     for axis, (found, result) in zip(maps, done, strict=True):
         tuning.plot_heatmap(result, ax=axis)
         axis.set_title(f"{found['task']}, init {found['init']}", fontsize="medium")
@@ -115,8 +116,9 @@ def draw(done, path):
     results = {f"{found['task']}, {found['init']}": result for found, result in done}
     tuning.plot_ratio_distribution(results, ax=last)
     last.set_title("ratio of the best 4 cells of each seed", fontsize="medium")
-    last.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    for axis in unused:
+    key.legend(*last.get_legend_handles_labels(), fontsize="small", loc="upper left")
+    last.get_legend().remove()
+    for axis in (key, *unused):
         axis.axis("off")
     seeds = len(done[0][1].seeds)
     figure.suptitle(
