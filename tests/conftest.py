@@ -1,5 +1,6 @@
 """One process a backend: `KERAS_BACKEND=jax pytest`; unset, Keras's own choice stands."""
 
+import gc
 import os
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -22,6 +23,16 @@ SEED = 1234
 
 def pytest_report_header():
     return f"keras {keras.__version__}, backend {keras.backend.backend()}"
+
+
+def pytest_collection_finish():
+    """Leaves what was imported out of later garbage collections.
+
+    Keras's `quantize` collects once a layer, and what the backends import makes each take half a
+    second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
