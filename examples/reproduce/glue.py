@@ -24,6 +24,9 @@ from text_classification.downloads import MINILM, fetch
 CONFIGS = pathlib.Path(__file__).with_name("configs")
 # A task is called hard where plain LoRA, tuned, still has more than this share of errors.
 HARD = 0.15
+# A sweep shows something of rates only where its best cell is right by so much more often than the
+# most frequent class would be.
+LEARNED = 0.01
 
 
 def read_config(path):
@@ -68,13 +71,17 @@ def summary(result):
         arm: [r["test_metrics"]["accuracy"] for r in result.test if r["arm"] == arm]
         for arm in cells
     }
+    frequent = about["most_frequent_class"]
     picked = ("eta_a", "eta_b", "lr_ratio", "mean", "std", "values")
     plain = best["lora"]
     return {
         "task": about["task"],
         "init": about["init"],
         "hard": None if plain is None else bool(1 - plain["mean"] > HARD),
-        "most_frequent_class": about["most_frequent_class"],
+        "most_frequent_class": frequent,
+        "learned": any(
+            cell is not None and cell["mean"] > frequent + LEARNED for cell in best.values()
+        ),
         **{arm: cell and {key: cell[key] for key in picked} for arm, cell in best.items()},
         "ratios_of_best_four": [cell["lr_ratio"] for cell in cells["loraplus"][:4]],
         "test_accuracy": tests,
@@ -99,26 +106,33 @@ def draw(done, path):
     if not done:
         return
     pyplot = common.pyplot()
-    # After the maps come the ratios and what their symbols mean.
     columns = 3
-    rows = -(-(len(done) + 2) // columns)
+    rows = -(-(len(done) + 1) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(3.9 * columns, 3.6 * rows), squeeze=False, layout="constrained"
     )
-    maps, (last, key, *unused) = axes.flat[: len(done)], axes.flat[len(done) :]
+    maps, (last, *unused) = axes.flat[: len(done)], axes.flat[len(done) :]
     for axis, (found, result) in zip(maps, done, strict=True):
         tuning.plot_heatmap(result, ax=axis)
-        axis.set_title(f"{found['task']}, init {found['init']}", fontsize="medium")
+        nothing = "" if found["learned"] else ": nothing learned"
+        axis.set_title(f"{found['task']}, init {found['init']}{nothing}", fontsize="medium")
         # One legend serves all maps.
         handles, labels = axis.get_legend_handles_labels()
         axis.get_legend().remove()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
-    results = {f"{found['task']}, {found['init']}": result for found, result in done}
-    tuning.plot_ratio_distribution(results, ax=last)
-    last.set_title("ratio of the best 4 cells of each seed", fontsize="medium")
-    key.legend(*last.get_legend_handles_labels(), fontsize="small", loc="upper left")
-    last.get_legend().remove()
-    for axis in (key, *unused):
+    # Of cells that are all as good as the most frequent class, none is a best one.
+    results = {f"{f['task']}, {f['init']}": result for f, result in done if f["learned"]}
+    if results:
+        tuning.plot_ratio_distribution(results, ax=last)
+        last.set_title("ratio of the best 4 cells of each seed", fontsize="medium")
+        if unused:
+            unused[0].legend(*last.get_legend_handles_labels(), fontsize="small", loc="upper left")
+            last.get_legend().remove()
+        else:
+            last.set_ylim(top=1.5 * last.get_ylim()[1])  # room for the legend
+    else:
+        unused = [last, *unused]
+    for axis in unused:
         axis.axis("off")
     seeds = len(done[0][1].seeds)
     figure.suptitle(

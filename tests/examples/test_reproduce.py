@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import tomllib
+import types
 
 import keras
 import numpy as np
@@ -163,6 +164,38 @@ def test_every_configuration_takes_two_steps_on_a_tiny_random_model(
     glue.write(output, config, [result])
     assert json.loads(output.with_suffix(".json").read_text())["sweeps"][0]["task"] == "pairs"
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_ratios_of_a_sweep_that_learned_nothing_are_not_shown(module, monkeypatch, tmp_path):
+    glue = module("glue")
+    shown = []
+    monkeypatch.setattr(
+        "keras_loraplus.tuning.plot_ratio_distribution",
+        lambda results, ax: (shown.extend(results), ax.bar([1], [2], label="a sweep"), ax.legend()),
+    )
+    monkeypatch.setattr("keras_loraplus.tuning.plot_heatmap", lambda result, ax: ax.legend([]))
+    result = types.SimpleNamespace(seeds=[0])
+    for names in (["idle"], ["idle", "busy"]):
+        done = [
+            ({"task": name, "init": "lora", "cells": [1], "learned": name == "busy"}, result)
+            for name in names
+        ]
+        glue.draw(done, tmp_path / "drawn.png")
+    assert shown == ["busy, lora"]
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("accuracy", "learned"), [(0.7, False), (0.705, False), (0.72, True)])
+def test_a_sweep_learned_where_it_beats_the_most_frequent_class(module, accuracy, learned):
+    cell = dict.fromkeys(("eta_a", "eta_b", "lr_ratio", "std", "values"), 0.0)
+    result = types.SimpleNamespace(
+        cells=lambda arm: [{**cell, "mean": accuracy if arm == "lora" else 0.6}],
+        setup={"about": {"task": "t", "init": "lora", "most_frequent_class": 0.7}},
+        **{"test": [], "records": [], "missing": 0, "versions": {}},
+    )
+    found = module("glue").summary(result)
+    assert found["learned"] is learned
+    assert found["hard"]
 
 
 def test_a_finished_sweep_is_kept_and_not_run_again(module, data_folder, tmp_path, preset, capsys):
