@@ -34,9 +34,9 @@ from benchmarks.parts import PARTS
 # arms, and the whole suite is to take about 40 minutes on two cores.
 BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
 QUICK = {
-    "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 3},
-    "models": {"cases": ["minilm_qv"], "blocks": 2},
-    "memory": {"cases": ["minilm_qv"]},
+    "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 2},
+    "models": {"cases": ["minilm_qv"], "blocks": 2, "arms": ("native", "ours", "limit")},
+    "memory": {"cases": ["minilm_qv"], "arms": ("native", "ours")},
 }
 GPU_DTYPES = ("float32", "bfloat16")
 
@@ -145,6 +145,7 @@ def main(arguments=None):
             chosen = {**settings, **{name: value for name, value in given.items() if value}}
             options.cases, options.dtype = chosen.get("cases"), dtype
             options.blocks = chosen.get("blocks", BLOCKS.get(part))
+            options.arms = chosen.get("arms", ())
             spent, found = timed(PARTS[part], options)
             result = {**header(options, machine), **spent, **found}
             write(part, result, output, f"_gpu_{dtype}" if dtype else "")

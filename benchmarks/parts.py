@@ -45,7 +45,9 @@ def run_models(options):
     """Returns {"arms": rows}: a step of every arm of every model, and over the frozen model."""
     rows = []
     for case in options.cases or (*MODEL_CASES, *EINSUM_CASES):
-        times = measure(case, options.backends, options.blocks, dtype=options.dtype)
+        times = measure(
+            case, options.backends, options.blocks, arms=options.arms, dtype=options.dtype
+        )
         for row in times.arms(case):
             frozen = times.ratio((row["backend"], row["arm"]), (row["backend"], "limit"))
             rows.append({**row, "over_limit": frozen})
@@ -59,6 +61,7 @@ def run_memory(options):
         for case in options.cases or MEMORY_CASES
         for backend in options.backends
         for arm in _arms(backend)
+        if not options.arms or arm in options.arms
     ]
 
     def measured(one):

@@ -18,7 +18,7 @@ from benchmarks.optimizer_cases import Tensors
 from benchmarks.rounds import Times, measure
 from keras_loraplus.layers.einsum_split import split_einsum
 
-OPTIONS = {"blocks": 2, "dtype": None, "cases": None}
+OPTIONS = {"blocks": 2, "dtype": None, "cases": None, "arms": ()}
 
 
 @pytest.mark.parametrize("name", ["tiny_bert_qv", "tiny_resnet"])
