@@ -6,11 +6,12 @@
     python -m benchmarks --parts contract --blocks 15
     python -m benchmarks --parts memory --cases bert_wide --backends torch jax
 
-Every backend has a process of its own; blocks of all arms of all backends alternate, so that a slow
-moment of the machine falls on all of them. A ratio is the median over rounds of the ratio within
-one round; the spread is its interquartile range over the median. Memory and first steps are
-measured in a fresh process for each arm. Each part writes results/PART.json and PART.md, with the
-seconds that it took, and then the README's part on measurements anew.
+Every backend has a process of its own, in which the arms take turns step by step; the backends take
+turns block by block, so that a slow moment of the machine falls on all of them. A ratio is the
+median over rounds of the ratio within one round; the spread is its interquartile range over the
+median. Memory and first steps are measured in a fresh process for each arm. Each part writes
+results/PART.json and PART.md, with the seconds that it took, and then the README's part on
+measurements anew.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks.names import BACKENDS
 from benchmarks.parts import PARTS
 
 # Rounds of a part. The contract's ratios are the ones with a bound; the other parts have many more
-# arms, and the whole suite is to take about 40 minutes on two cores.
+# arms.
 BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
 QUICK = {
     "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 2},
