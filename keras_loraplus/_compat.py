@@ -389,6 +389,7 @@ def _torch_adapted_product():
 
 
 def _mirrored_inner(a, inputs):
+    """Returns `(x A)^T` as in `thin_product`, whose Keras products also bring dtypes together."""
     return a.t().contiguous() @ inputs.reshape(-1, a.shape[0]).t()
 
 

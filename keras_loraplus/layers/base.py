@@ -1,14 +1,14 @@
-"""What every LoRA+ layer shares: settings, freezing, dropout, files and merging."""
+"""What every LoRA+ layer shares: settings, freezing, adopting, files and merging."""
 
 import warnings
 from typing import TYPE_CHECKING
 
 import keras
-from keras import ops
 
 from keras_loraplus import _compat
 from keras_loraplus.layers import quantized
 from keras_loraplus.layers.merging import is_surely_finite, merged_matrix
+from keras_loraplus.layers.products import Products
 from keras_loraplus.layers.spec import AdapterSpec
 from keras_loraplus.layers.storage import StoredLayer
 
@@ -19,7 +19,7 @@ else:
     _Mixed = object
 
 
-class LowRankLayer(StoredLayer, _Mixed):
+class LowRankLayer(Products, StoredLayer, _Mixed):
     """Mixin in front of a Keras layer that freezes its kernel and adds `s (x A) B`.
 
     A subclass says how its factors are made in `_plan_factors`, adds them in `call`, and lists them
@@ -243,70 +243,6 @@ class LowRankLayer(StoredLayer, _Mixed):
                 f"{type(layer).__name__}."
             )
         return adopt(layer, spec)
-
-    def _scaled(self, other, factor):
-        """Returns one factor, and s times the other, in the compute dtype.
-
-        The scale is applied in float32, before the cast.
-        """
-        dtype = self.compute_dtype
-        scale = ops.convert_to_tensor(self.lora_scaling)
-        scaled = ops.multiply(ops.convert_to_tensor(factor), scale)
-        return ops.cast(other, dtype), ops.cast(scaled, dtype)
-
-    def _plus_product(self, outputs, inputs, a, b):
-        """Returns `outputs + (inputs A) B` for matrices A (n, r) and B (r, m).
-
-        The products are those of matrices: with more axes XLA moves the inputs in memory for each
-        gradient.
-        """
-        flat = ops.reshape(inputs, (-1, a.shape[0]))
-        inner = _compat.thin_product(flat, a)  # (tokens, r)
-        return _compat.add_product(outputs, inner, b)
-
-    def _adapted_product(self, inputs, adapter_inputs, a, b, equation=None, one_node=True):
-        """Returns `inputs W + (adapter_inputs A) B`, of an equation that is a product of matrices.
-
-        Args:
-            inputs: The layer's inputs.
-            adapter_inputs: The adapter's: the same, or what dropout left of them.
-            a: A (n, r).
-            b: B (r, m), s included.
-            equation: The layer's einsum equation, or None for a product of matrices.
-            one_node: Whether the kernel's axes are those of n and then those of m.
-        """
-        kernel = self._frozen(self.kernel)
-        if one_node and adapter_inputs is inputs:
-            outputs = _compat.adapted_product(equation, inputs, kernel, a, b)
-            if outputs is not None:
-                return outputs
-        if equation is None:
-            outputs = ops.matmul(inputs, kernel)
-        else:
-            outputs = ops.einsum(equation, inputs, kernel)
-        return self._plus_product(outputs, adapter_inputs, a, b)
-
-    def _frozen(self, kernel):
-        """Returns the kernel without a gradient of its own.
-
-        TensorFlow's tape watches every variable that was once made trainable, and would compute a
-        gradient of the kernel's size for nobody.
-        """
-        return ops.stop_gradient(kernel)
-
-    def _dropped(self, inputs, training, noise_shape=None):
-        """Drops parts of the adapter's input while training."""
-        if not self._adapter.dropout:
-            return inputs
-        if training is None:
-            training = self.__dict__.get("_lora_training")
-        if training is None:
-            training = _compat.training_in_call_context()
-        if not training:
-            return inputs
-        return keras.random.dropout(
-            inputs, self._adapter.dropout, noise_shape=noise_shape, seed=self.lora_seed_generator
-        )
 
     def initial_factors(self, spec):
         """Returns new initial values of A and B for an adapter of other settings.

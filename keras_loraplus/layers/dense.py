@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.factors import Factor, Factors
 from keras_loraplus.layers.initial import factor_initializers
@@ -74,11 +73,7 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
         """Returns `activation(x W + s (x A) B + bias)`."""
         a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
         adapter_inputs = self._dropped(inputs, training)
-        if self.quantization_mode is None:
-            outputs = self._adapted_product(inputs, adapter_inputs, a, b)  # (..., m)
-        else:
-            outputs = quantized.product(self, inputs)
-            outputs = self._plus_product(outputs, adapter_inputs, a, b)
+        outputs = self._adapted_product(inputs, adapter_inputs, a, b)  # (..., m)
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         if self.activation is not None:

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_loraplus.layers import quantized
 from keras_loraplus.layers.base import LowRankLayer
 from keras_loraplus.layers.einsum_split import kernel_axes, split_einsum
 from keras_loraplus.layers.factors import Factor, Factors
@@ -93,19 +92,13 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
         adapter_inputs = self._dropped(inputs, training)
         if split.is_matmul:
             a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
-        if split.is_matmul and self.quantization_mode is None:
             in_order = kernel_axes(self.equation) == split.contracted + split.free
             outputs = self._adapted_product(
-                inputs, adapter_inputs, a, b, self.equation, one_node=in_order
+                inputs, adapter_inputs, a, b, self.equation, in_order=in_order
             )
-        elif split.is_matmul:
-            outputs = self._plus_product(quantized.product(self, inputs), adapter_inputs, a, b)
         else:
-            if self.quantization_mode is None:
-                outputs = ops.einsum(self.equation, inputs, self._frozen(self.kernel))
-            else:
-                outputs = quantized.product(self, inputs)
             inner = ops.einsum(split.down, adapter_inputs, a)
+            outputs = self._frozen_product(inputs, self.equation)
             outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
