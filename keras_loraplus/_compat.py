@@ -680,13 +680,32 @@ def torch_values(variables):
 
 
 def torch_scaled_rates(learning_rate, multipliers):
-    """Returns `scaled_rate` of each multiplier, by one list kernel."""
-    import torch
-
+    """Returns `scaled_rate` of each multiplier, by one kernel for all of them."""
     rate = keras.ops.cast(learning_rate, "float32")
-    scaled = torch._foreach_mul([rate] * len(multipliers), [float(m) for m in multipliers])
+    scaled = (rate * _torch_factors(multipliers, rate.device)).unbind()
     pairs = zip(multipliers, scaled, strict=True)
     return [learning_rate if multiplier == 1.0 else value for multiplier, value in pairs]
+
+
+def _torch_factors(numbers, device):
+    """Returns a float32 vector of numbers that are the same in every step.
+
+    A vector takes a kernel where a list of scalars takes one each, on a CPU. It is made once: to
+    copy numbers to a GPU waits for it.
+    """
+    import torch
+
+    numbers = tuple(map(float, numbers))
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _kept_torch_factors(numbers, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_torch_factors(numbers, device):
+    import torch
+
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def torch_groups(variables, keys):
@@ -710,9 +729,9 @@ def _torch_decay(optimizer, rows):
     with torch.no_grad():
         rate = keras.ops.cast(optimizer.learning_rate, "float32")
         # 1 - decay * (rate * multiplier)
-        keeps = torch_scaled_rates(rate, [multiplier for (_, multiplier), _, _ in groups])
-        keeps = torch._foreach_mul(keeps, [-float(decay) for (decay, _), _, _ in groups])
-        torch._foreach_add_(keeps, 1.0)
+        of_groups = zip(*(factors for factors, _, _ in groups), strict=True)
+        decays, multipliers = (_torch_factors(numbers, rate.device) for numbers in of_groups)
+        keeps = (1.0 - decays * (rate * multipliers)).unbind()
         each = []
         for (_, dtype, device), positions, keep in zip(groups, groups.values(), keeps, strict=True):
             values = [all_values[i] for i in positions]
@@ -785,16 +804,9 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shar
     if max(optimizer.beta_1, optimizer.beta_2) >= 1 or torch.compiler.is_compiling():
         return False
     if device not in shared:
-        step = keras.ops.cast(optimizer.iterations + 1, "float32")
-        beta_1_power = optimizer.beta_1**step
-        beta_2_power = optimizer.beta_2**step
-        correction = torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
-        rates = shared["rates"]
-        corrected = torch._foreach_mul([keras.ops.cast(r, "float32") for r in rates], correction)
-        corrected = {id(r): c.to(device) for r, c in zip(rates, corrected, strict=True)}
         # float32 counts: any beta up to 1 - 1e-6 to this power is 0.
         saturated = torch.full((), 1e9, dtype=torch.float32, device=device)
-        shared[device] = corrected, saturated
+        shared[device] = _torch_corrected_rates(optimizer, shared["rates"], device), saturated
     corrected, saturated = shared[device]
     torch._fused_adam_(
         values,
@@ -813,6 +825,18 @@ def torch_fused_adam(optimizer, gradients, variables, learning_rate, slots, shar
         maximize=False,
     )
     return True
+
+
+def _torch_corrected_rates(optimizer, rates, device):
+    """Returns, by the id of a rate, the rate times Adam's bias corrections of this step."""
+    import torch
+
+    step = keras.ops.cast(optimizer.iterations + 1, "float32")
+    correction = torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+    # A rate whose multiplier is 1 is what Keras gave: a variable, a tensor, a number.
+    tensors = [r if torch.is_tensor(r) else keras.ops.cast(r, "float32") for r in rates]
+    corrected = (torch.stack(tensors).float() * correction).to(device).unbind()
+    return {id(rate): value for rate, value in zip(rates, corrected, strict=True)}
 
 
 def learning_rate_variable(optimizer):
