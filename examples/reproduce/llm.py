@@ -237,9 +237,13 @@ def write(output, config, found):
         axes[0][column].set_title(f"{result.setup['about']['base']} base")
     for row, label in enumerate(METRICS.values()):
         axes[row][0].set_ylabel(label)
+    # One cell that came near to diverging would flatten all others; the axis is shared.
+    axes[0][0].set_yscale("log")
+    for which in (axes[0][0].yaxis.set_major_formatter, axes[0][0].yaxis.set_minor_formatter):
+        which(pyplot.matplotlib.ticker.ScalarFormatter())
     trained = config["train_texts"] or "all"
     figure.suptitle(
-        f"{config['preset']} on {config['task']}, validation texts; {trained} training texts, "
+        f"{config['preset']} on {config['task']}, validation texts; {trained} training texts,\n"
         f"rank {config['rank']}, init {config['init']}, seeds {config['seeds']}",
         fontsize="small",
     )
@@ -253,7 +257,9 @@ def main(arguments=None):
     parser.add_argument("--data", required=True, help="folder of the configuration's task")
     parser.add_argument("--storage", required=True, help="folder that the sweeps are kept in")
     parser.add_argument("--output", default=common.RESULTS / "llm", help="path without an ending")
-    parser.add_argument("--backend", default="torch")
+    parser.add_argument(
+        "--backend", default="jax", help="JAX compiles the unpacking of an int4 base"
+    )
     options = parser.parse_args(arguments)
     config = read_config(options.config)
     bases = config["bases"]
