@@ -44,22 +44,15 @@ test: $(STAMP)
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; \
 	echo "All parts passed: lint, wheel, $(BACKENDS), compatibility"
 
-# The tests' models are tiny and compiled often: what LLVM spends on their machine code is for naught.
-# It takes no part in what XLA makes of a graph.
-COMPILE_FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
-# The same graph comes up in many tests; JAX compiles it once and finds it here again.
-FAST_ENV := XLA_FLAGS="$(COMPILE_FAST)" JAX_COMPILATION_CACHE_DIR="$(abspath $(VENV))/jax-cache" \
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-
 $(BACKENDS:%=test-%): test-%: $(STAMP)
-	KERAS_BACKEND=$* $(FAST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -q -n $(WORKERS) \
 	    --dist worksteal $(ARGS)
 
 test-compatibility: $(STAMP)
 	@failed=""; \
 	for backend in $(BACKENDS); do \
 	    echo "== compatibility on $$backend"; \
-	    KERAS_BACKEND=$$backend $(FAST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
+	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -n $(WORKERS) \
 	        --dist worksteal -m compatibility tests/compatibility tests/registry $(ARGS) || failed="$$failed $$backend"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED: compatibility on$$failed"; exit 1; fi
@@ -67,7 +60,7 @@ test-compatibility: $(STAMP)
 # docs/compatibility.md anew: all classes on every backend, class by class. ARGS="--missing" goes on.
 compatibility-table: $(STAMP)
 	for backend in $(BACKENDS); do \
-	    KERAS_BACKEND=$$backend $(FAST_ENV) $(BIN)/python \
+	    KERAS_BACKEND=$$backend $(BIN)/python \
 	        tools/compatibility_table.py $(ARGS) || exit 1; \
 	done
 

@@ -29,13 +29,6 @@ NEEDS_TORCH = (
     "tests/examples/test_export_peft.py",
     "tests/oracles/test_peft_trajectory.py",
 )
-# As in the Makefile.
-FAST_ENV = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".nox" / "jax-cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 
 
 def oldest_keras() -> str:
@@ -59,7 +52,7 @@ def run_suite(session: nox.Session, backend: str, *left_out: str) -> None:
     """Runs the suite on a backend; a whole run, passed or failed, is recorded."""
     results = pathlib.Path(session.create_tmp()) / "results.xml"
     results.unlink(missing_ok=True)
-    session.env.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="2", **FAST_ENV)
+    session.env.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="2")
     suite = ["python", "-m", "pytest", "-q", f"--junitxml={results}"]
     # A module is not even imported when it is ignored; single tests can only be deselected.
     suite += [f"--{'deselect' if '::' in test else 'ignore'}={test}" for test in left_out]

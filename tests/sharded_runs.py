@@ -13,9 +13,10 @@ import pathlib
 import re
 import tempfile
 
+import fast_compile
+
 DUMP = tempfile.mkdtemp()
-FLAGS = f"--xla_dump_to={DUMP} --xla_dump_hlo_as_text --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = FLAGS
+os.environ["XLA_FLAGS"] = f"{fast_compile.FLAGS} --xla_dump_to={DUMP} --xla_dump_hlo_as_text"
 
 import jax  # noqa: E402
 

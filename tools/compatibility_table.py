@@ -58,6 +58,7 @@ def run(backend, parts, missing):
     """Checks the chosen classes on the backend that Keras runs on."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     warnings.simplefilter("ignore")
+    import fast_compile  # noqa: F401
     import keras
     from hub_backbones import CASES, KNOWN, run_checks
 

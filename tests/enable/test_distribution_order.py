@@ -153,7 +153,7 @@ WAYS = [
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("order")
     files = f"ADAPTER = {str(folder / 'a.safetensors')!r}\nKERAS = {str(folder / 'm.keras')!r}\n"
-    printed = run_python(files + CODE, XLA_FLAGS="--xla_backend_optimization_level=0")
+    printed = run_python(files + CODE)
     (line,) = [line for line in printed.splitlines() if line.startswith("RESULT")]
     return json.loads(line.removeprefix("RESULT"))
 

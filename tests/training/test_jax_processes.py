@@ -32,7 +32,7 @@ def two_processes(tmp_path_factory):
             "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
             f"import jax_process_runs; jax_process_runs.main({rank}, {port}, {str(folder)!r})"
         )
-        printed = run_python(code, XLA_FLAGS="--xla_backend_optimization_level=0")
+        printed = run_python(code)
         (line,) = [line for line in printed.splitlines() if line.startswith("RESULT")]
         return json.loads(line.removeprefix("RESULT"))
 
