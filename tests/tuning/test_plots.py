@@ -61,6 +61,18 @@ def test_heatmap_of_an_arm_with_one_rate():
         tuning.plot_heatmap(made_up(VALUES), arm="full")
 
 
+def test_labels_of_ratios_do_not_overlap():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(3.2, 3.0), layout="constrained")
+    tuning.plot_ratio_distribution({"R8": made_up(VALUES)}, best=9, ax=axes)
+    figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    assert len(boxes) >= 5 and "$2^{0}$" in [label.get_text() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    pyplot.close(figure)
+
+
 def test_ratios_of_the_best_cells_are_counted_by_task_and_seed(tmp_path):
     one, other = made_up(VALUES), made_up([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
     results = {"R8": one, "CoLA": other}
