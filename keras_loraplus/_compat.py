@@ -296,24 +296,29 @@ def with_fast_gradient(a):
 def thin_product(inputs, a):
     """Returns inputs (tokens, n) times A (n, r), arranged so that all its gradients are fast.
 
-    On torch (2.13.0, CPU) a product with few columns takes half as long again as its mirror with
-    few rows, `(A^T x^T)^T`. torch forms gradients in the memory order of the operands, so that from
-    the mirror on those of A and of the inner value are mirrors as well: a `Dense` layer's step is 1
-    to 6 % shorter.
+    On torch (2.13.0, CPU) the gradient of a product with few columns takes half as long again as
+    that of its mirror with few rows, `(A^T x^T)^T`. torch forms gradients in the memory order of
+    the operands, so that from the mirror on those of A and of the inner value are mirrors as well:
+    a `Dense` layer's step is 1 to 6 % shorter. Without gradients the mirror only costs a copy of A.
     """
     if keras.backend.backend() == "torch":
+        import torch
+
+        if not torch.is_grad_enabled():
+            return keras.ops.matmul(inputs, a)
         mirrored = keras.ops.transpose(a).contiguous()
         return keras.ops.transpose(keras.ops.matmul(mirrored, keras.ops.transpose(inputs)))
     return keras.ops.matmul(inputs, with_fast_gradient(a))
 
 
-def adapted_product(equation, inputs, kernel, a, b):
-    """Returns `inputs W + (inputs A) B` in one node of torch's graph, or None where it has none.
+def adapted_product(equation, inputs, kernel, bias, a, b, scale):
+    """Returns `inputs W + s (inputs A) B + bias` in one node of torch's graph, or None without one.
 
-    As torch (2.13.0) records the two products, the inputs get two gradients, which are then added
-    into memory of their own, and `addmm` copies the outputs that it adds to. Here both additions
-    happen in place: the adapters of a BERT 1024 wide added 12 % to the frozen model's step on the
-    CPU, and add 8 %.
+    As torch (2.13.0) records it, the inputs get two gradients, which are then added into memory of
+    their own, `addmm` copies the outputs that it adds to, and the bias is added into a third
+    memory. Here all of it happens in place, and what is small, the scaled B and the casts, is no
+    node of its own: the adapters of a BERT 1024 wide added 12 % to the frozen model's step on the
+    CPU when they were recorded.
 
     None is returned, and the caller records the products, wherever this node has no rule or nothing
     to win: other backends, without gradients, forward mode, `torch.func`, `torch.compile`, tracing,
@@ -322,28 +327,36 @@ def adapted_product(equation, inputs, kernel, a, b):
     Args:
         equation: An einsum equation that is a product of matrices, or None for that of matrices.
         inputs: Tensor (..., n).
-        kernel: The frozen matrix, of n times m entries in this order.
-        a: A (n, r).
-        b: s B (r, m).
+        kernel: The frozen matrix, of n times m entries in this order; it gets no gradient.
+        bias: What is added last, in a shape that broadcasts, or None.
+        a: A (n, r) or with the axes of n.
+        b: B (r, m) or with the axes of m.
+        scale: s, a tensor of A's dtype, which gets no gradient.
     """
     if keras_backend.backend() != "torch":
         return None
     import torch
     from torch.autograd import forward_ad
 
-    tensors = (inputs, kernel, a, b)
+    inputs, kernel, bias, a, b, scale = (
+        value.value if isinstance(value, keras.Variable) else value
+        for value in (inputs, kernel, bias, a, b, scale)
+    )
+    computed = (inputs, kernel) if bias is None else (inputs, kernel, bias)
     plain = (torch.Tensor, torch.nn.Parameter)
-    if not all(type(tensor) in plain and tensor.dtype == a.dtype for tensor in tensors):
+    if not all(type(tensor) in plain for tensor in (*computed, a, b, scale)):
         return None
-    if kernel.requires_grad or not torch.is_grad_enabled():
+    if not all(tensor.dtype == inputs.dtype for tensor in computed):
         return None
-    if torch.is_autocast_enabled(inputs.device.type):
+    if not (a.dtype == b.dtype == scale.dtype and inputs.is_floating_point()):
+        return None
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.device.type):
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
-    return _torch_adapted_product().apply(equation, inputs, kernel, a, b)
+    return _torch_adapted_product().apply(equation, inputs, kernel, bias, a, b, scale)
 
 
 @functools.cache
@@ -351,46 +364,86 @@ def _torch_adapted_product():
     import torch
 
     class AdaptedProduct(torch.autograd.Function):
-        """Products with r columns are formed as their mirrors, as in `thin_product`."""
+        """Gradients with r columns are formed as their mirrors, as in `thin_product`."""
 
         @staticmethod
-        def forward(ctx, equation, inputs, kernel, a, b):
+        def forward(ctx, equation, inputs, kernel, bias, a, b, scale):
             if equation is None:
                 outputs = torch.matmul(inputs, kernel)
             else:
                 outputs = torch.einsum(equation, inputs, kernel)
-            inner = _mirrored_inner(a, inputs)
-            rows = outputs.reshape(-1, b.shape[1]).addmm_(inner.t(), b)
+            up = _scaled_matrix(b, scale, inputs.dtype)
+            inner = _inner(inputs, a)
+            rows = outputs.reshape(-1, up.shape[1]).addmm_(inner, up)
+            if outputs._is_view() or not outputs.is_contiguous():
+                # A user's own operation in place on the outputs is none of this node's.
+                outputs = torch.ops.aten._unsafe_view(rows, list(outputs.shape))
+            if bias is not None:
+                outputs.add_(bias)
+            _, wants_inputs, _, wants_bias, wants_a, wants_b, _ = ctx.needs_input_grad
+            ctx.input_shape, ctx.bias_shape = inputs.shape, bias.shape if wants_bias else None
             # What is not needed must not be kept alive.
-            ctx.save_for_backward(inputs, kernel if ctx.needs_input_grad[1] else None, a, b, inner)
-            # Not a view: a user's own operation in place on the outputs is none of this node's.
-            return torch.ops.aten._unsafe_view(rows, list(outputs.shape))
+            ctx.save_for_backward(
+                inputs if wants_a or wants_b else None,
+                kernel if wants_inputs else None,
+                a,
+                b,
+                scale,
+                up if wants_inputs or wants_a else None,
+                inner if wants_b else None,
+            )
+            return outputs
 
         @staticmethod
         def backward(ctx, upstream):
-            inputs, kernel, a, b, inner = ctx.saved_tensors
-            _, wants_inputs, _, wants_a, wants_b = ctx.needs_input_grad
-            upstream = upstream.reshape(-1, b.shape[1])
-            of_inputs = of_a = of_b = None
+            inputs, kernel, a, b, scale, up, inner = ctx.saved_tensors
+            _, wants_inputs, _, wants_bias, wants_a, wants_b, _ = ctx.needs_input_grad
+            of_inputs = of_bias = of_a = of_b = None
+            if torch.is_grad_enabled():  # gradients of gradients depend on how these were formed
+                up = _scaled_matrix(b, scale, upstream.dtype)
+                inner = _inner(inputs, a) if wants_b else None
+            if wants_bias:
+                of_bias = upstream.sum_to_size(ctx.bias_shape)
+            upstream = upstream.reshape(-1, b.numel() // b.shape[0])
             if wants_b:
-                if torch.is_grad_enabled():  # gradients of gradients depend on how it was formed
-                    inner = _mirrored_inner(a, inputs)
-                of_b = torch.mm(inner, upstream)
+                of_b = torch.mm(inner.t(), upstream).to(b.dtype).mul_(scale).reshape(b.shape)
             if wants_inputs or wants_a:
-                back = torch.mm(b, upstream.t())  # (r, tokens)
+                back = torch.mm(up, upstream.t())  # (r, tokens)
             if wants_a:
-                of_a = torch.mm(back, inputs.reshape(-1, a.shape[0])).t()
+                of_a = _gradient_of_a(back, inputs, a)
             if wants_inputs:
-                rows = torch.mm(upstream, kernel.reshape(a.shape[0], -1).t())
-                of_inputs = rows.addmm_(back.t(), a.t()).reshape(inputs.shape)
-            return None, of_inputs, None, of_a, of_b
+                down = a.reshape(-1, a.shape[-1]).to(upstream.dtype)
+                of_inputs = torch.mm(upstream, kernel.reshape(down.shape[0], -1).t())
+                of_inputs = of_inputs.addmm_(back.t(), down.t()).reshape(ctx.input_shape)
+            return None, of_inputs, None, of_bias, of_a, of_b, None
 
     return AdaptedProduct
 
 
-def _mirrored_inner(a, inputs):
-    """Returns `(x A)^T` as in `thin_product`, whose Keras products also bring dtypes together."""
-    return a.t().contiguous() @ inputs.reshape(-1, a.shape[0]).t()
+def _scaled_matrix(b, scale, dtype):
+    """Returns s B as a matrix (r, m), scaled before the cast."""
+    return (b.reshape(b.shape[0], -1) * scale).to(dtype)
+
+
+def _inner(inputs, a):
+    """Returns `x A` of the inputs' rows (tokens, r)."""
+    down = a.reshape(-1, a.shape[-1]).to(inputs.dtype)
+    return inputs.reshape(-1, down.shape[0]) @ down
+
+
+def _gradient_of_a(back, inputs, a):
+    """Returns the gradient of A from that of `x A`, mirrored (r, tokens).
+
+    The mirror `g^T x` is several times faster than `x^T g`, but has to be copied into A's order in
+    memory, which takes as long for any number of tokens. On torch 2.13.0 (CPU) the copy pays from
+    16 tokens for each unit of the rank on.
+    """
+    rows = inputs.reshape(-1, a.numel() // a.shape[-1])
+    if rows.shape[0] < 16 * back.shape[0]:
+        gradient = rows.t() @ back.t()
+    else:
+        gradient = (back @ rows).t()
+    return gradient.to(a.dtype).reshape(a.shape)
 
 
 @contextlib.contextmanager

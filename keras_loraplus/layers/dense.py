@@ -71,11 +71,5 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
 
     def call(self, inputs, training=None):
         """Returns `activation(x W + s (x A) B + bias)`."""
-        a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
-        adapter_inputs = self._dropped(inputs, training)
-        outputs = self._adapted_product(inputs, adapter_inputs, a, b)  # (..., m)
-        if self.bias is not None:
-            outputs = ops.add(outputs, self.bias)
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+        outputs = self._adapted_product(inputs, training)  # (..., m)
+        return outputs if self.activation is None else self.activation(outputs)

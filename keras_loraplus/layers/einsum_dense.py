@@ -88,20 +88,12 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
     def call(self, inputs, training=None):
         """Returns `activation(einsum(x, W) + s einsum(einsum(x, A), B) + bias)`."""
         split = split_einsum(self.equation)
-        a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
-        adapter_inputs = self._dropped(inputs, training)
         if split.is_matmul:
-            a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
             in_order = kernel_axes(self.equation) == split.contracted + split.free
-            outputs = self._adapted_product(
-                inputs, adapter_inputs, a, b, self.equation, in_order=in_order
-            )
+            outputs = self._adapted_product(inputs, training, self.equation, in_order)
         else:
-            inner = ops.einsum(split.down, adapter_inputs, a)
+            a, b = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
+            inner = ops.einsum(split.down, self._dropped(inputs, training), a)
             outputs = self._frozen_product(inputs, self.equation)
-            outputs = ops.add(outputs, ops.einsum(split.up, inner, b))
-        if self.bias is not None:
-            outputs = ops.add(outputs, self.bias)
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+            outputs = self._plus_bias(ops.add(outputs, ops.einsum(split.up, inner, b)))
+        return outputs if self.activation is None else self.activation(outputs)

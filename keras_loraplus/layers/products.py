@@ -59,23 +59,31 @@ class Products(_Mixed):
             return ops.matmul(inputs, kernel)
         return ops.einsum(equation, inputs, kernel)
 
-    def _adapted_product(self, inputs, adapter_inputs, a, b, equation=None, in_order=True):
-        """Returns `inputs W + (adapter_inputs A) B`, of an equation that is a product of matrices.
+    def _adapted_product(self, inputs, training, equation=None, in_order=True):
+        """Returns `inputs W + s (inputs A) B + bias`, of an equation that is a product of matrices.
 
         Args:
             inputs: The layer's inputs.
-            adapter_inputs: The adapter's: the same, or what dropout left of them.
-            a: A (n, r).
-            b: B (r, m), s included.
+            training: Whether the adapter's inputs are dropped.
             equation: The layer's einsum equation, or None for a product of matrices.
-            in_order: Whether the kernel's axes are those of n and then those of m.
+            in_order: Whether the kernel's axes are those that are contracted and then the others.
         """
+        adapter_inputs = self._dropped(inputs, training)
+        a, b = self.lora_kernel_a, self.lora_kernel_b
         if in_order and adapter_inputs is inputs and self.quantization_mode is None:
-            kernel = self._frozen(self.kernel)
-            outputs = _compat.adapted_product(equation, inputs, kernel, a, b)
+            outputs = _compat.adapted_product(
+                equation, inputs, self.kernel, self.bias, a, b, self.lora_scaling
+            )
             if outputs is not None:
                 return outputs
-        return self._plus_product(self._frozen_product(inputs, equation), adapter_inputs, a, b)
+        a, b = self._scaled(a, b)
+        if equation is not None:
+            a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
+        outputs = self._frozen_product(inputs, equation)
+        return self._plus_bias(self._plus_product(outputs, adapter_inputs, a, b))
+
+    def _plus_bias(self, outputs):
+        return outputs if self.bias is None else ops.add(outputs, self.bias)
 
     def _plus_product(self, outputs, inputs, a, b):
         """Returns `outputs + (inputs A) B` for matrices A (n, r) and B (r, m).

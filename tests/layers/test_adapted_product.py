@@ -13,40 +13,58 @@ if keras.backend.backend() != "torch":
 
 import torch  # noqa: E402
 
-# Equation (None for `Dense`), kernel, inputs: rows, heads out of a width, heads back into a width.
+# Equation (None for `Dense`), kernel, bias, inputs: rows, few and many, between which the gradient
+# of A is formed in another way; heads out of a width, heads back into a width.
 CASES = {
-    "dense": (None, (7, 11), (3, 5, 7)),
-    "to-heads": ("abc,cde->abde", (7, 3, 5), (2, 3, 7)),
-    "from-heads": ("abcd,cde->abe", (3, 5, 7), (2, 4, 3, 5)),
+    "dense": (None, (7, 11), (11,), (3, 5, 7)),
+    "many rows": (None, (7, 11), (11,), (50, 7)),
+    "one row": (None, (7, 11), (11,), (1, 7)),
+    "no bias": (None, (7, 11), None, (3, 5, 7)),
+    "to-heads": ("abc,cde->abde", (7, 3, 5), (3, 5), (2, 3, 7)),
+    "bias of an axis": ("abc,cde->abde", (7, 3, 5), (3, 1), (2, 20, 7)),
+    "from-heads": ("abcd,cde->abe", (3, 5, 7), (7,), (2, 4, 3, 5)),
 }
+EQUATION, X, W, BIAS, A, B, SCALE = range(7)
 
 
-def operands(name, dtype=torch.float64):
-    equation, kernel, inputs = CASES[name]
-    n = inputs[-1] if name != "from-heads" else inputs[-1] * inputs[-2]
+def operands(name, dtype=torch.float64, factors=None):
+    """Returns the node's arguments; inputs, bias, A and B want gradients."""
+    equation, kernel, bias, inputs = CASES[name]
+    axes = 2 if name == "from-heads" else 1
     rng = np.random.default_rng(0)
-    shapes = (inputs, kernel, (n, 2), (2, int(np.prod(kernel)) // n))
-    made = [torch.tensor(rng.normal(size=shape), dtype=dtype) for shape in shapes]
-    for number in (0, 2, 3):
-        made[number].requires_grad_()
-    return equation, made
+
+    def made(shape, dtype=dtype):
+        return torch.tensor(rng.normal(size=shape), dtype=dtype)
+
+    x, w = made(inputs).requires_grad_(), made(kernel)
+    bias = None if bias is None else made(bias).requires_grad_()
+    factors = factors or dtype
+    a = made((*kernel[:axes], 2), factors).requires_grad_()
+    b = made((2, *kernel[axes:]), factors).requires_grad_()
+    return [equation, x, w, bias, a, b, torch.tensor(1.5, dtype=factors)]
 
 
-def as_recorded(equation, x, w, a, b):
+def as_recorded(equation, x, w, bias, a, b, scale):
     outputs = torch.matmul(x, w) if equation is None else torch.einsum(equation, x, w)
-    inner = x.reshape(-1, a.shape[0]) @ a
-    return outputs + (inner @ b).reshape(outputs.shape)
+    a, b = a.reshape(-1, 2).to(x.dtype), (b.reshape(2, -1) * scale).to(x.dtype)
+    outputs = outputs + ((x.reshape(-1, a.shape[0]) @ a) @ b).reshape(outputs.shape)
+    return outputs if bias is None else outputs + bias
+
+
+def wanting(arguments):
+    return [value for value in arguments[1:] if value is not None and value.requires_grad]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_are_those_of_the_products(name):
-    equation, (x, w, a, b) = operands(name)
-    outputs = _compat.adapted_product(equation, x, w, a, b)
-    expected = as_recorded(equation, x, w, a, b)
+    arguments = operands(name)
+    outputs = _compat.adapted_product(*arguments)
+    expected = as_recorded(*arguments)
     torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(expected)
-    actual = torch.autograd.grad(outputs, (x, a, b), upstream)
-    wanted = torch.autograd.grad(expected, (x, a, b), upstream)
+    actual = torch.autograd.grad(outputs, wanting(arguments), upstream)
+    wanted = torch.autograd.grad(expected, wanting(arguments), upstream)
+    assert len(actual) == (3 if name == "no bias" else 4)
     for one, other in zip(actual, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         assert one.abs().max() > 0.1
@@ -54,107 +72,168 @@ def test_value_and_gradients_are_those_of_the_products(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_gradients(name):
-    equation, (x, w, a, b) = operands(name)
+    arguments = operands(name)
 
-    def product(x, a, b):
-        return _compat.adapted_product(equation, x, w, a, b)
+    def product(*wanted):
+        left = list(wanted)
+        called = [
+            left.pop(0) if torch.is_tensor(value) and value.requires_grad else value
+            for value in arguments
+        ]
+        return _compat.adapted_product(*called)
 
-    assert torch.autograd.gradcheck(product, (x, a, b))
-    assert torch.autograd.gradgradcheck(product, (x, a, b))
+    assert torch.autograd.gradcheck(product, wanting(arguments))
+    if name != "many rows":  # as for few, and 50 rows take a while
+        assert torch.autograd.gradgradcheck(product, wanting(arguments))
 
 
-@pytest.mark.parametrize("wanted", [(0,), (2,), (3,), (0, 3), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_factors_of_float32_beside_a_layer_of_low_precision(name, dtype):
+    """As under `mixed_bfloat16`; the gradients of A and B are float32."""
+    arguments = operands(name, dtype, torch.float32)
+    outputs = _compat.adapted_product(*arguments)
+    assert outputs.dtype == dtype
+    upstream = torch.randn_like(outputs)
+    actual = torch.autograd.grad(outputs, wanting(arguments), upstream)
+    exact = [value.double() if torch.is_tensor(value) else value for value in arguments]
+    expected = as_recorded(*exact)
+    wanted = torch.autograd.grad(expected, wanting(arguments), upstream.double())
+    for one, other, of in zip(actual, wanted, wanting(arguments), strict=True):
+        assert one.dtype == of.dtype
+        # One rounding of each operand and of the result, relative to what is summed.
+        assert (one.double() - other).abs().max() < 4 * torch.finfo(dtype).eps * other.abs().max()
+    assert (outputs - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_the_scaled_matrix_is_rounded_once():
+    arguments = operands("one row", torch.bfloat16, torch.float32)
+    arguments[BIAS] = None
+    with torch.no_grad():
+        arguments[W].zero_()
+        arguments[X].fill_(1.0)
+        arguments[A].copy_(torch.eye(7, 2))
+        # In bfloat16 B is 1 and s B is 3; s times the float32 B rounds to 3.015625.
+        arguments[B].fill_(1.0 + 2.0**-8)
+        arguments[SCALE].fill_(3.0)
+    expected = ((1.0 + 2.0**-8) * torch.tensor(3.0)).bfloat16()
+    assert torch.equal(_compat.adapted_product(*arguments), (2 * expected).expand(1, 11))
+
+
+@pytest.mark.parametrize("wanted", [(X,), (A,), (B,), (BIAS,), (X, B), (A, B), (A, BIAS)])
 def test_a_gradient_that_nobody_wants_is_not_formed(wanted):
-    equation, tensors = operands("dense")
-    for number, tensor in enumerate(tensors):
-        tensor.requires_grad_(number in wanted)
-    found = torch.autograd.grad(
-        _compat.adapted_product(equation, *tensors).sum(), [tensors[number] for number in wanted]
-    )
-    expected = torch.autograd.grad(
-        as_recorded(equation, *tensors).sum(), [tensors[number] for number in wanted]
-    )
+    arguments = operands("dense")
+    for number in (X, BIAS, A, B):
+        arguments[number].requires_grad_(number in wanted)
+    tensors = [arguments[number] for number in wanted]
+    found = torch.autograd.grad(_compat.adapted_product(*arguments).sum(), tensors)
+    expected = torch.autograd.grad(as_recorded(*arguments).sum(), tensors)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_kernel_is_kept_only_for_a_gradient_of_the_inputs():
-    equation, (x, w, a, b) = operands("dense")
-    for wants_inputs in (True, False):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, kept=kept: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
-        ):
-            _compat.adapted_product(equation, x.requires_grad_(wants_inputs), w, a, b)
-        assert (tuple(w.shape) in kept) is wants_inputs
+@pytest.mark.parametrize("wanted", [(X,), (A,), (B,), (A, B), (X, A, B)])
+def test_only_what_a_gradient_needs_is_kept(wanted):
+    arguments = operands("dense")
+    for number in (X, BIAS, A, B):
+        arguments[number].requires_grad_(number in wanted)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+    ):
+        _compat.adapted_product(*arguments)
+    assert ((7, 11) in kept) is (X in wanted)
+    assert ((3, 5, 7) in kept) is (A in wanted or B in wanted)
+    assert ((15, 2) in kept) is (B in wanted)  # x A
+
+
+def test_a_kernel_that_trained_once_gets_no_gradient():
+    arguments = operands("dense")
+    arguments[W].requires_grad_()
+    outputs = _compat.adapted_product(*arguments)
+    assert torch.autograd.grad(outputs.sum(), arguments[W], allow_unused=True) == (None,)
 
 
 def test_a_user_changes_the_outputs_in_place():
-    equation, (x, w, a, b) = operands("to-heads")
-    outputs = _compat.adapted_product(equation, x, w, a, b)
-    outputs.mul_(3.0).sum().backward()
-    (expected,) = torch.autograd.grad(3 * as_recorded(equation, x, w, a, b).sum(), a)
-    torch.testing.assert_close(a.grad, expected, rtol=1e-12, atol=1e-12)
+    for name in CASES:
+        arguments = operands(name)
+        outputs = _compat.adapted_product(*arguments)
+        outputs.mul_(3.0).sum().backward()
+        (expected,) = torch.autograd.grad(3 * as_recorded(*arguments).sum(), arguments[A])
+        torch.testing.assert_close(arguments[A].grad, expected, rtol=1e-12, atol=1e-12)
 
 
-def _trainable_kernel(equation, x, w, a, b):
-    return _compat.adapted_product(equation, x, w.clone().requires_grad_(), a, b)
+def test_the_operands_stay_what_they_are():
+    for name in CASES:
+        arguments = operands(name)
+        before = [value.clone() for value in arguments[1:] if value is not None]
+        _compat.adapted_product(*arguments).sum().backward()
+        after = [value for value in arguments[1:] if value is not None]
+        assert all(map(torch.equal, after, before))
 
 
-def _without_gradients(equation, x, w, a, b):
+def _without_gradients(arguments):
     with torch.no_grad():
-        return _compat.adapted_product(equation, x, w, a, b)
+        return _compat.adapted_product(*arguments)
 
 
-def _autocast(equation, x, w, a, b):
+def _autocast(arguments):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return _compat.adapted_product(equation, x, w, a, b)
+        return _compat.adapted_product(*arguments)
 
 
-def _other_dtype(equation, x, w, a, b):
-    return _compat.adapted_product(equation, x.float(), w, a, b)
+def _other_dtype(number):
+    def call(arguments):
+        arguments[number] = arguments[number].float()
+        return _compat.adapted_product(*arguments)
+
+    return call
 
 
-def _forward_mode(equation, x, w, a, b):
+def _forward_mode(arguments):
     with torch.autograd.forward_ad.dual_level():
-        return _compat.adapted_product(equation, x, w, a, b)
+        return _compat.adapted_product(*arguments)
 
 
-def _function_transform(equation, x, w, a, b):
+def _function_transform(arguments):
     found = []
 
     def loss(a):
-        found.append(_compat.adapted_product(equation, x, w, a, b))
+        arguments[A] = a
+        found.append(_compat.adapted_product(*arguments))
         return a.sum()
 
-    torch.func.grad(loss)(a)
+    torch.func.grad(loss)(arguments[A])
     return found[0]
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        _trainable_kernel,
         _without_gradients,
         _autocast,
-        _other_dtype,
+        *(_other_dtype(number) for number in (X, W, BIAS, A, B, SCALE)),
         _forward_mode,
         _function_transform,
     ],
 )
 def test_what_it_has_no_rule_for_is_left_to_the_caller(call):
-    equation, tensors = operands("dense")
-    assert call(equation, *tensors) is None
+    assert call(operands("dense")) is None
     # The control: of the same operands, outside of all that, it is the node and its value.
-    outputs = _compat.adapted_product(equation, *tensors)
+    arguments = operands("dense")
+    outputs = _compat.adapted_product(*arguments)
     assert outputs.grad_fn.name() == "AdaptedProductBackward"
-    torch.testing.assert_close(outputs, as_recorded(equation, *tensors), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(outputs, as_recorded(*arguments), rtol=1e-12, atol=1e-12)
 
 
 def test_layers_compute_the_same_with_and_without_it(monkeypatch):
     """Bit for bit, so that a model's outputs are the same in training and in inference."""
     layers = [
         (klp.layers.LoRAPlusDense(11, rank=2), (3, 5, 7)),
-        (klp.layers.LoRAPlusEinsumDense("abc,cde->abde", (None, 3, 5), rank=2), (2, 3, 7)),
+        (klp.layers.LoRAPlusDense(128, rank=2, activation="gelu"), (64, 256)),
+        (
+            klp.layers.LoRAPlusEinsumDense("abc,cde->abde", (None, 3, 5), bias_axes="de", rank=2),
+            (2, 3, 7),
+        ),
         (klp.layers.LoRAPlusEinsumDense("abcd,cde->abe", (None, 7), rank=2), (2, 4, 3, 5)),
         # The contracted axis is the kernel's last.
         (klp.layers.LoRAPlusEinsumDense("abc,dec->abde", (None, 3, 5), rank=2), (2, 3, 7)),
@@ -163,7 +242,9 @@ def test_layers_compute_the_same_with_and_without_it(monkeypatch):
     for layer, shape in layers:
         x = keras.ops.convert_to_tensor(np.random.default_rng(1).normal(size=shape), "float32")
         layer.build(shape)
-        layer.lora_kernel_a.assign(np.random.default_rng(2).normal(size=layer.lora_kernel_a.shape))
+        for number, variable in enumerate(layer.weights):
+            if variable.name in ("bias", "lora_kernel_a"):
+                variable.assign(np.random.default_rng(number).normal(size=variable.shape))
         outputs = layer(x)
         with torch.no_grad():
             assert torch.equal(layer(x), outputs)
@@ -173,7 +254,7 @@ def test_layers_compute_the_same_with_and_without_it(monkeypatch):
             recorded = layer(x)
         assert_close(outputs.detach().numpy(), recorded.detach().numpy(), FLOAT32_LAYER)
         assert "AdaptedProduct" not in _names(recorded.grad_fn)
-    assert nodes == [True, True, True, False]
+    assert nodes == [True, True, True, True, False]
 
 
 def _names(node):
