@@ -4,7 +4,10 @@ Every backend has a process of its own, in which a block is some steps of every 
 a slow moment of the machine falls on all of them. A round takes the backends in order and then in
 reverse, and an arm's time in it is the mean of its two blocks, so that a machine that slows down
 steadily slows all alike. A ratio is formed within one round; what is reported is the median over
-the rounds and its spread, the interquartile range over the median.
+the rounds and its spread, the interquartile range over the median. Where in memory a process has
+its arrays makes it faster or slower for as long as it lives (the same optimizer was measured at
+1.35 and at 1.62 times another), so that the rounds of a ratio with a bound are shared out over
+several sets of processes.
 """
 
 import dataclasses
@@ -121,8 +124,18 @@ def environment(backend, dtype=None):
     }
 
 
-def measure(case, backends, rounds, arms=(), dtype=None, block_seconds=BLOCK_SECONDS):
-    """Returns the `Times` of a case, after a round that warms up.
+def measure(case, backends, rounds, arms=(), dtype=None, block_seconds=BLOCK_SECONDS, sets=1):
+    """Returns the `Times` of a case, from so many rounds in all, over so many sets of processes."""
+    blocks = {}
+    for number in range(sets):
+        share = rounds // sets + (number < rounds % sets)
+        if share:
+            _measure_set(case, backends, share, arms, dtype, block_seconds, blocks)
+    return Times({key: [(a + b) / 2 for a, b in _pairs(values)] for key, values in blocks.items()})
+
+
+def _measure_set(case, backends, rounds, arms, dtype, block_seconds, blocks):
+    """Adds the blocks of a set of processes, after a round that warms up.
 
     The processes build their models side by side; nothing is timed before all of them wait.
     """
@@ -130,16 +143,14 @@ def measure(case, backends, rounds, arms=(), dtype=None, block_seconds=BLOCK_SEC
     try:
         for worker in workers:
             worker.wait()
-        blocks = {(worker.backend, arm): [] for worker in workers for arm in worker.step}
         for number in range(rounds + 1):
             for worker in workers if number == 0 else workers + workers[::-1]:
                 for arm, taken in worker.block(block_seconds).items():
                     if number:
-                        blocks[worker.backend, arm].append(taken)
+                        blocks.setdefault((worker.backend, arm), []).append(taken)
     finally:
         for worker in workers:
             worker.close()
-    return Times({key: [(a + b) / 2 for a, b in _pairs(values)] for key, values in blocks.items()})
 
 
 def _pairs(values):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as suite
-from benchmarks import parts, report
+from benchmarks import parts, report, rounds
 from benchmarks.cases import CASES
 from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
 from benchmarks.names import BACKENDS, MEMORY_CASES
 from benchmarks.optimizer_cases import Tensors
-from benchmarks.rounds import Times, measure
+from benchmarks.rounds import Times
 from keras_loraplus.layers.einsum_split import split_einsum
 
 OPTIONS = {"blocks": 2, "dtype": None, "cases": None, "arms": ()}
@@ -53,8 +53,17 @@ def test_projections_to_heads_and_back_train(kind):
     assert is_matmul == [kind == "flat"] * 2
 
 
-def test_a_case_is_measured_in_turn_in_processes_of_its_own(backend):
-    times = measure("tiny_resnet", [backend], 2, arms=("ours", "limit"))
+def test_a_case_is_measured_in_turn_in_sets_of_processes_of_its_own(backend, monkeypatch):
+    started = []
+
+    class Counted(rounds.Worker):
+        def __init__(self, *arguments):
+            started.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(rounds, "Worker", Counted)
+    times = rounds.measure("tiny_resnet", [backend], 2, arms=("ours", "limit"), sets=2)
+    assert len(started) == 2
     assert set(times.seconds) == {(backend, "ours"), (backend, "limit")}
     assert all(len(values) == 2 and min(values) > 0 for values in times.seconds.values())
 
