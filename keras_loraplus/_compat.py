@@ -368,12 +368,12 @@ def _torch_adapted_product():
 
         @staticmethod
         def forward(ctx, equation, inputs, kernel, bias, a, b, scale):
+            inner = _inner(inputs, a)  # first, while the inputs are in the cache
             if equation is None:
                 outputs = torch.matmul(inputs, kernel)
             else:
                 outputs = torch.einsum(equation, inputs, kernel)
             up = _scaled_matrix(b, scale, inputs.dtype)
-            inner = _inner(inputs, a)
             rows = outputs.reshape(-1, up.shape[1]).addmm_(inner, up)
             if outputs._is_view() or not outputs.is_contiguous():
                 # A user's own operation in place on the outputs is none of this node's.
