@@ -8,7 +8,7 @@ import pathlib
 
 from benchmarks import contract
 from benchmarks.names import ARMS
-from benchmarks.report import MEGABYTE, table
+from benchmarks.report import MEGABYTE, operation_sums, table
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 RESULTS = pathlib.Path(__file__).with_name("results")
@@ -37,12 +37,14 @@ def into_readme(text, results):
 
 
 def section(results):
-    """Returns the ratios, memory, the billion parameters and links to what else was measured."""
+    """Returns the ratios, operations, memory, the billion parameters and links to the rest."""
     ratios = results[CONTRACT]
     said = [
         f"Measured {ratios['date']} on {ratios['machine']}; medians of {ratios['blocks']} "
         f"interleaved blocks (`make bench`).\n\n{contract.as_markdown(ratios)}"
     ]
+    if "profile" in results:
+        said.append(_profile(results["profile"]))
     if "memory" in results:
         said.append(_memory(results["memory"]))
     if "large" in results:
@@ -51,6 +53,17 @@ def section(results):
     if others:
         said.append(f"Every row: {', '.join(others)}.\n")
     return "\n".join(said)
+
+
+def _profile(result):
+    said = [
+        f"{case}: " + ", ".join(f"{TITLES[arm]} {ms:.0f} ms" for arm, ms in sums.items())
+        for case, sums in operation_sums(result).items()
+    ]
+    return (
+        f"torch's operations in a step, without Python's time between them, measured "
+        f"{result['date']}: {'; '.join(said)} ([one by one](benchmarks/results/profile.md)).\n"
+    )
 
 
 def _memory(result):

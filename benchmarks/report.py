@@ -155,15 +155,26 @@ def _monitor(result):
     return table(heads, rows)
 
 
+def operation_sums(result):
+    """Returns {case: {arm: milliseconds that all operations of a step take}}."""
+    sums = {}
+    for row in result["profile"]:
+        of_case = sums.setdefault(row["case"], dict.fromkeys(row["milliseconds"], 0.0))
+        for arm, milliseconds in row["milliseconds"].items():
+            of_case[arm] += milliseconds
+    return sums
+
+
 def _profile(result):
     """The operations that take most in any arm, and what all of them take."""
     lines = []
-    for case in dict.fromkeys(row["case"] for row in result["profile"]):
-        rows = [row for row in result["profile"] if row["case"] == case]
-        arms = list(rows[0]["milliseconds"])
-        sums = {arm: sum(row["milliseconds"][arm] for row in rows) for arm in arms}
+    for case, sums in operation_sums(result).items():
+        arms = list(sums)
         shown = [
-            row for row in rows if max(row["milliseconds"].values()) >= SHOWN_SHARE * sums["ours"]
+            row
+            for row in result["profile"]
+            if row["case"] == case
+            and max(row["milliseconds"].values()) >= SHOWN_SHARE * sums["ours"]
         ]
         heads = ["case", "operation", *(f"{arm}, ms (calls)" for arm in arms), "ours - limit, ms"]
         cells = [

@@ -59,6 +59,18 @@ def test_the_readme_says_what_the_committed_results_say():
             assert f"(benchmarks/results/{name}.md)" in text
 
 
+def test_the_readme_has_the_sums_of_operations_once_they_are_measured():
+    ratios = {"date": "2026-01-01", "machine": "m", "blocks": 9, "ratios": []}
+    rows = [
+        {"case": "a", "milliseconds": {"ours": 1.2, "peft": 4.0}},
+        {"case": "b", "milliseconds": {"ours": 9.0, "peft": 8.0}},
+        {"case": "a", "milliseconds": {"ours": 2.5, "peft": 1.0}},
+    ]
+    results = {"ratios": ratios, "profile": {"date": "2026-01-02", "profile": rows}}
+    text = readme.into_readme(readme.BEGIN + readme.END, results)
+    assert "2026-01-02: a: ours 4 ms, PEFT 5 ms; b: ours 9 ms, PEFT 8 ms (" in text
+
+
 def test_the_readme_has_memory_and_a_billion_parameters_once_they_are_measured():
     ratios = {"date": "2026-01-01", "machine": "m", "blocks": 9, "ratios": []}
     memory = [
