@@ -9,9 +9,9 @@
 Every backend has a process of its own, in which the arms take turns step by step; the backends take
 turns block by block, so that a slow moment of the machine falls on all of them. A ratio is the
 median over rounds of the ratio within one round; the spread is its interquartile range over the
-median. Memory and first steps are measured in a fresh process for each arm. Each part writes
-results/PART.json and PART.md, with the seconds that it took, and then the README's part on
-measurements anew.
+median. A training step is one that `fit` runs. Memory and first steps are measured in a fresh
+process for each arm. Each part writes results/PART.json and PART.md, with the seconds that it took,
+and then the README's part on measurements anew.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.parts import PARTS
 
 # Rounds of a part. The contract's ratios are the ones with a bound; the other parts have many more
 # arms.
-BLOCKS = {"contract": 9, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
+BLOCKS = {"contract": 7, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
 QUICK = {
     "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 2},
     "models": {"cases": ["minilm_qv"], "blocks": 2, "arms": ("native", "ours", "limit")},

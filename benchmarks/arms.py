@@ -6,15 +6,32 @@ Keras is imported here with the backend that the worker's environment names.
 import dataclasses
 import functools
 import re
+import time
 from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 
 import keras_loraplus as klp
 
 SEED = 0
 RANK = 8
 RATE = 1e-4
+
+
+class StepClock(keras.callbacks.Callback):
+    """The seconds of each step of `fit`, up to where its loss is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        float(logs["loss"])  # JAX hands over a result that it may still be computing.
+        self.seconds.append(time.perf_counter() - self.start)
 
 
 @dataclasses.dataclass
@@ -28,6 +45,19 @@ class Training:
     def __call__(self):
         # A KerasHub task's own train_on_batch would run its preprocessing pipeline.
         return keras.Model.train_on_batch(self.model, self.x, self.y)
+
+    def seconds(self, steps):
+        """Returns the seconds of each of so many steps of one `fit`.
+
+        `train_on_batch` walks all layers and, on JAX, writes every variable back at each step;
+        `fit` does so once, which is what a user's step has.
+        """
+        x, y = keras.tree.map_structure(lambda a: np.concatenate([a] * steps), (self.x, self.y))
+        clock = StepClock()
+        batch = len(keras.tree.flatten(self.x)[0])
+        settings = {"batch_size": batch, "shuffle": False, "verbose": 0, "callbacks": [clock]}
+        keras.Model.fit(self.model, x, y, **settings)
+        return clock.seconds
 
     def compiled_on_jax(self):
         """Returns XLA's program of the step; the model must have done one."""

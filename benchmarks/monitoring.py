@@ -22,7 +22,8 @@ def arms(make=None):
 
     make = make or MODELS["minilm_qv"]
     return {
-        "step": make().arms()["ours"],
+        # Timed from outside like the others, and not as `fit` runs it.
+        "step": lambda: make().arms()["ours"]().__call__,
         "measured": lambda: _Monitored(make().arms()["ours"](), every=1),
         "between": lambda: _Monitored(make().arms()["ours"](), every=10**9, trains=False),
     }

@@ -21,8 +21,8 @@ from benchmarks.rounds import LONG_BLOCK_SECONDS, SHORT_BLOCK_SECONDS, environme
 
 # Bars of the benchmark suite beside those of the contract.
 ENABLE_SECONDS, MANY_MULTIPLIERS = 2.0, 2.0
-# Rounds of a ratio of the contract in one set of processes.
-ROUNDS_OF_A_SET = 3
+# Sets of processes that a ratio of the contract is measured in, where there are as many rounds.
+SETS = 3
 # Exponents of tokens * r * (n + m) in each size.
 EXPECTED_GROWTH = {"width": 1.0, "tokens": 1.0, "rank": 1.0, "layers": 1.0}
 
@@ -37,7 +37,7 @@ def run_contract(options):
             options.blocks,
             dtype=options.dtype,
             block_seconds=LONG_BLOCK_SECONDS,
-            sets=max(1, options.blocks // ROUNDS_OF_A_SET),
+            sets=SETS if options.blocks >= SETS else 1,
         )
         found["ratios"] += contract.ratios(case, times.seconds)
         found["arms"] += times.arms(case)

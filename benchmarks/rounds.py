@@ -6,7 +6,7 @@ reverse, and an arm's time in it is the mean of its two blocks, so that a machin
 steadily slows all alike. A ratio is formed within one round; what is reported is the median over
 the rounds and its spread, the interquartile range over the median. Where in memory a process has
 its arrays makes it faster or slower for as long as it lives (the same optimizer was measured at
-1.35 and at 1.62 times another), so that the rounds of a ratio with a bound are shared out over
+1.35 and at 1.62 times another): a round of a ratio with a bound is the mean of one round in each of
 several sets of processes.
 """
 
@@ -125,21 +125,27 @@ def environment(backend, dtype=None):
 
 
 def measure(case, backends, rounds, arms=(), dtype=None, block_seconds=BLOCK_SECONDS, sets=1):
-    """Returns the `Times` of a case, from so many rounds in all, over so many sets of processes."""
-    blocks = {}
-    for number in range(sets):
-        share = rounds // sets + (number < rounds % sets)
-        if share:
-            _measure_set(case, backends, share, arms, dtype, block_seconds, blocks)
-    return Times({key: [(a + b) / 2 for a, b in _pairs(values)] for key, values in blocks.items()})
+    """Returns the `Times` of a case: so many rounds, each the mean over the sets of processes."""
+    measured = [
+        _measure_set(case, backends, rounds, arms, dtype, block_seconds) for _ in range(sets)
+    ]
+    return Times(
+        {
+            key: [
+                statistics.mean(values) for values in zip(*(s[key] for s in measured), strict=True)
+            ]
+            for key in measured[0]
+        }
+    )
 
 
-def _measure_set(case, backends, rounds, arms, dtype, block_seconds, blocks):
-    """Adds the blocks of a set of processes, after a round that warms up.
+def _measure_set(case, backends, rounds, arms, dtype, block_seconds):
+    """Returns {(backend, arm): seconds} from a set of processes, after a round that warms up.
 
     The processes build their models side by side; nothing is timed before all of them wait.
     """
     workers = [Worker(case, backend, arms, dtype) for backend in backends]
+    blocks = {}
     try:
         for worker in workers:
             worker.wait()
@@ -151,7 +157,7 @@ def _measure_set(case, backends, rounds, arms, dtype, block_seconds, blocks):
     finally:
         for worker in workers:
             worker.close()
-
-
-def _pairs(values):
-    return zip(values[::2], values[1::2], strict=True)
+    return {
+        key: [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=True)]
+        for key, values in blocks.items()
+    }

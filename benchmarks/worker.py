@@ -4,9 +4,9 @@
 
 Reads lines with a number of turns. In such a block the arms take turns, there and back again, after
 one step of each that is not counted; the answer is the median of the seconds that a step of each
-arm took. A turn is one step, or some of an arm whose steps are much shorter than others'; where a
-step is short, it begins with one that is not counted. The first line it writes gives each arm's
-seconds for one step, after two that compile and warm up.
+arm took, of a model one that `fit` runs. A turn is one step, or some of an arm whose steps are much
+shorter than others'; where a step is short, it begins with one that is not counted. The first line
+it writes gives each arm's seconds for one step, after two that compile and warm up.
 """
 
 import json
@@ -17,6 +17,7 @@ import time
 
 import keras
 
+from benchmarks.arms import Training
 from benchmarks.cases import CASES
 from benchmarks.names import DTYPE
 
@@ -43,7 +44,7 @@ def main(case, wanted=()):
             continue
         steps[name] = make()
         for _ in range(3):
-            seconds[name] = _timed(steps[name])
+            (seconds[name],) = _timed(steps[name], 1)
     print(json.dumps(seconds), file=answers, flush=True)
     turn = TURN * max(seconds.values())
     repeats = {name: max(1, min(int(turn / s), STEPS_OF_A_TURN)) for name, s in seconds.items()}
@@ -52,17 +53,23 @@ def main(case, wanted=()):
         time.sleep(SETTLE)
         block = {name: [] for name in steps}
         for step in steps.values():
-            step()
+            _timed(step, 1)
         for number in range(int(line)):
             for name in list(steps)[:: -1 if number % 2 else 1]:
-                if seconds[name] < SHORT:
-                    steps[name]()
-                block[name] += [_timed(steps[name]) for _ in range(repeats[name])]
+                uncounted = seconds[name] < SHORT
+                block[name] += _timed(steps[name], repeats[name] + uncounted)[uncounted:]
         medians = {name: statistics.median(values) for name, values in block.items()}
         print(json.dumps(medians), file=answers, flush=True)
 
 
-def _timed(step):
+def _timed(step, number):
+    """Returns the seconds of so many steps; a model's are those that its `fit` runs."""
+    if isinstance(step, Training):
+        return step.seconds(number)
+    return [_once(step) for _ in range(number)]
+
+
+def _once(step):
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -39,6 +39,17 @@ def test_ours_and_native_train_the_same_kind_of_variables(name):
     assert len(trained["ours"]) == len(trained["native_same"])
 
 
+@pytest.mark.parametrize("name", ["tiny_bert_qv", "tiny_resnet"])
+def test_as_many_steps_as_wished_are_timed_inside_of_fit(name):
+    step = TINY[name]().arms()["ours"]()
+    before = float(np.ravel(step())[0])
+    for number in (1, 4):
+        taken = step.seconds(number)
+        assert len(taken) == number and min(taken) > 0
+    assert int(step.model.optimizer.iterations) == 6
+    assert float(np.ravel(step())[0]) < before
+
+
 @pytest.mark.parametrize("kind", EQUATIONS)
 def test_projections_to_heads_and_back_train(kind):
     sizes = {"width": 8, "heads": 2, "batch": 2, "tokens": 5, "pairs": 1}
