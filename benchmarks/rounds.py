@@ -21,7 +21,7 @@ from benchmarks.names import DTYPE
 
 # What the slowest arm's steps take of a block: so much that the clock and a passing interruption
 # matter little, most where a ratio has a bound, least where a case has dozens of arms.
-LONG_BLOCK_SECONDS, BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 2.0, 0.4, 0.15
+LONG_BLOCK_SECONDS, BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 1.2, 0.4, 0.15
 TURNS_AT_LEAST, TURNS_AT_MOST = 2, 400
 
 
