@@ -30,14 +30,15 @@ EXPECTED_GROWTH = {"width": 1.0, "tokens": 1.0, "rank": 1.0, "layers": 1.0}
 def run_contract(options):
     """Returns {"ratios": rows, "arms": rows} for the cases of the design contract."""
     found = {"ratios": [], "arms": []}
+    few = options.blocks < SETS
     for case in options.cases or CONTRACT_CASES:
         times = measure(
             case,
             options.backends,
             options.blocks,
             dtype=options.dtype,
-            block_seconds=LONG_BLOCK_SECONDS,
-            sets=SETS if options.blocks >= SETS else 1,
+            block_seconds=SHORT_BLOCK_SECONDS if few else LONG_BLOCK_SECONDS,
+            sets=1 if few else SETS,
         )
         found["ratios"] += contract.ratios(case, times.seconds)
         found["arms"] += times.arms(case)
