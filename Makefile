@@ -1,7 +1,7 @@
 # Needs python3 (3.11 or newer, with venv), git and make; everything else goes into .venv.
 #
 #   make demo        fine-tune a real pretrained model; ARGS="--compare" passes options on
-#   make test        lint, types, the suite on each backend, and the built wheel
+#   make test        lint, types, the built wheel, and on each backend the suite and KerasHub's backbones
 #   make test-jax    the suite on one backend; ARGS="tests/layers -k dense" passes options on
 #   make test-compatibility   every KerasHub backbone on JAX, a sample on the others
 #   make test-versions   other versions of Keras and Python, in environments of their own
