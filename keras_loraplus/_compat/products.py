@@ -5,6 +5,8 @@ import functools
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
 
+from keras_loraplus._compat.torch_optimizers import torch_values
+
 
 def with_fast_gradient(a):
     """Returns the matrix A, arranged so that its gradient is computed quickly on the CPU.
@@ -73,17 +75,15 @@ def adapted_product(equation, inputs, kernel, bias, a, b, scale):
     import torch
     from torch.autograd import forward_ad
 
-    inputs, kernel, bias, a, b, scale = (
-        value.value if isinstance(value, keras.Variable) else value
-        for value in (inputs, kernel, bias, a, b, scale)
-    )
-    computed = (inputs, kernel) if bias is None else (inputs, kernel, bias)
-    plain = (torch.Tensor, torch.nn.Parameter)
-    if not all(type(tensor) in plain for tensor in (*computed, a, b, scale)):
-        return None
-    if not all(tensor.dtype == inputs.dtype for tensor in computed):
-        return None
-    if not (a.dtype == b.dtype == scale.dtype and inputs.is_floating_point()):
+    inputs, kernel, bias, a, b, scale = _tensors((inputs, kernel, bias, a, b, scale))
+    dtype, plain = inputs.dtype, (torch.Tensor, torch.nn.Parameter)
+    for tensor in (inputs, kernel) if bias is None else (inputs, kernel, bias):
+        if type(tensor) not in plain or tensor.dtype != dtype:
+            return None
+    for tensor in (a, b, scale):
+        if type(tensor) not in plain or tensor.dtype != a.dtype:
+            return None
+    if not dtype.is_floating_point:
         return None
     if torch.is_autocast_enabled(inputs.device.type):
         return None
@@ -94,6 +94,12 @@ def adapted_product(equation, inputs, kernel, bias, a, b, scale):
     if torch.is_grad_enabled():
         return _torch_adapted_product().apply(equation, inputs, kernel, bias, a, b, scale)
     return _product(equation, inputs, kernel, bias, a, b, scale)[0]
+
+
+def _tensors(operands):
+    """Returns the operands with the tensor in place of each variable."""
+    values = iter(torch_values([each for each in operands if isinstance(each, keras.Variable)]))
+    return [next(values) if isinstance(each, keras.Variable) else each for each in operands]
 
 
 @functools.cache
@@ -127,7 +133,7 @@ def _torch_adapted_product():
             of_inputs = of_bias = of_a = of_b = None
             if torch.is_grad_enabled():  # gradients of gradients depend on how these were formed
                 up = _scaled_matrix(b, scale, upstream.dtype)
-                inner = _mirrored_inner(inputs, a) if wants_b else None
+                inner = _mirrored_inner(_rows(inputs, a), a) if wants_b else None
             if wants_bias:
                 of_bias = upstream.sum_to_size(ctx.bias_shape)
             upstream = upstream.reshape(-1, b.numel() // b.shape[0])
@@ -149,28 +155,42 @@ def _torch_adapted_product():
 
 
 def _product(equation, inputs, kernel, bias, a, b, scale):
-    """Returns the outputs, `(x A)^T` (r, tokens) and `s B` (r, m), formed without gradients."""
+    """Returns the outputs, `(x A)^T` (r, tokens) and `s B` (r, m), formed without gradients.
+
+    The frozen product is what `matmul` and `einsum` come to, without their search for it.
+    """
     import torch
 
+    rows, up = _rows(inputs, a), _scaled_matrix(b, scale, inputs.dtype)
     # First, while the inputs are in the cache.
-    inner = _mirrored_inner(inputs, a)
+    inner = _mirrored_inner(rows, a)
     if equation is None:
-        outputs = torch.matmul(inputs, kernel)
+        outputs = torch.mm(rows, kernel)
+    elif _sums_in_order(equation):
+        batch = kernel.reshape(1, rows.shape[1], up.shape[1])
+        outputs = torch.bmm(rows.unsqueeze(0), batch).squeeze(0)
     else:
-        outputs = torch.einsum(equation, inputs, kernel)
-    up = _scaled_matrix(b, scale, inputs.dtype)
-    rows = outputs.reshape(-1, up.shape[1]).addmm_(inner.t(), up)
-    if outputs._is_view() or not outputs.is_contiguous():
-        # A user's own operation in place on the outputs is none of this node's.
-        outputs = torch.ops.aten._unsafe_view(rows, list(outputs.shape))
+        outputs = torch.einsum(equation, inputs, kernel).reshape(-1, up.shape[1])
+    outputs.addmm_(inner.t(), up)
+    shape = [*inputs.shape[: inputs.ndim - a.ndim + 1], *b.shape[1:]]
+    # A user's own operation in place on the outputs is none of this node's.
+    outputs = torch.ops.aten._unsafe_view(outputs, shape)
     if bias is not None:
         outputs.add_(bias)
     return outputs, inner, up
 
 
-def _mirrored_inner(inputs, a):
+@functools.cache
+def _sums_in_order(equation):
+    """Whether einsum leaves the contracted axes as they are; torch sums in alphabetical order."""
+    kernel, outputs = equation.split(",")[1].split("->")
+    contracted = [axis for axis in kernel if axis.isalpha() and axis not in outputs]
+    return contracted == sorted(contracted)
+
+
+def _mirrored_inner(rows, a):
     """Returns `(x A)^T` (r, tokens): so formed it is up to a third faster on torch 2.13.0 (CPU)."""
-    return _matrix(a, inputs.dtype).t() @ _rows(inputs, a).t()
+    return _matrix(a, rows.dtype).t() @ rows.t()
 
 
 def _rows(inputs, a):
@@ -178,14 +198,19 @@ def _rows(inputs, a):
     return inputs.reshape(-1, a.numel() // a.shape[-1])
 
 
+# A call that changes nothing takes 1 to 2 microseconds, of which a step makes some hundred.
+
+
 def _matrix(a, dtype):
     """Returns A as a matrix (n, r)."""
-    return a.reshape(-1, a.shape[-1]).to(dtype)
+    a = a if a.ndim == 2 else a.reshape(-1, a.shape[-1])
+    return a if a.dtype == dtype else a.to(dtype)
 
 
 def _scaled_matrix(b, scale, dtype):
     """Returns s B as a matrix (r, m), scaled before the cast."""
-    return (b.reshape(b.shape[0], -1) * scale).to(dtype)
+    scaled = (b if b.ndim == 2 else b.reshape(b.shape[0], -1)) * scale
+    return scaled if scaled.dtype == dtype else scaled.to(dtype)
 
 
 def _gradient_of_a(back, rows, a):

@@ -23,14 +23,23 @@ CASES = {
     "to-heads": ("abc,cde->abde", (7, 3, 5), (3, 5), (2, 3, 7)),
     "bias of an axis": ("abc,cde->abde", (7, 3, 5), (3, 1), (2, 20, 7)),
     "from-heads": ("abcd,cde->abe", (3, 5, 7), (7,), (2, 4, 3, 5)),
+    # torch's einsum puts the contracted axes in alphabetical order, which is another sum.
+    "letters from-heads": ("bquh,uhm->bqm", (3, 5, 7), (7,), (2, 4, 3, 5)),
+}
+# From some hundred entries on torch multiplies by other code.
+WIDE = {
+    "wide": (None, (130, 257), (257,), (2, 67, 130)),
+    "wide to-heads": ("abc,cde->abde", (130, 4, 67), (4, 67), (2, 67, 130)),
+    "wide from-heads": ("abcd,cde->abe", (4, 67, 130), (130,), (2, 67, 4, 67)),
+    "one token": ("abc,cd->abd", (130, 257), (257,), (1, 1, 130)),
 }
 EQUATION, X, W, BIAS, A, B, SCALE = range(7)
 
 
 def operands(name, dtype=torch.float64, factors=None):
     """Returns the node's arguments; inputs, bias, A and B want gradients."""
-    equation, kernel, bias, inputs = CASES[name]
-    axes = 2 if name == "from-heads" else 1
+    equation, kernel, bias, inputs = {**CASES, **WIDE}[name]
+    axes = 2 if name.endswith("from-heads") else 1
     rng = np.random.default_rng(0)
 
     def made(shape, dtype=dtype):
@@ -120,15 +129,24 @@ def test_the_scaled_matrix_is_rounded_once():
     assert torch.equal(_compat.adapted_product(*arguments), (2 * expected).expand(1, 11))
 
 
+def _in_another_order(x):
+    """Returns the same values; in memory the first two axes are swapped, as attention's are."""
+    return x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+
+
+@pytest.mark.parametrize("arranged", [lambda x: x, _in_another_order], ids=["as is", "swapped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CASES)
-def test_a_zero_b_changes_no_bit(name, dtype):
+@pytest.mark.parametrize("name", [*CASES, *WIDE])
+def test_a_zero_b_changes_no_bit(name, dtype, arranged):
     """With gradients and without, the outputs are the frozen layer's."""
     arguments = operands(name, dtype, torch.float32)
+    arguments[X] = arranged(arguments[X])
     with torch.no_grad():
         arguments[B].zero_()
     equation, x, w, bias = arguments[:A]
-    frozen = torch.matmul(x, w) if equation is None else torch.einsum(equation, x, w)
+    # As a trained layer's: torch 2.13 multiplies swapped inputs otherwise by a frozen matrix.
+    trained = w.clone().requires_grad_()
+    frozen = torch.matmul(x, trained) if equation is None else torch.einsum(equation, x, trained)
     frozen = frozen if bias is None else frozen + bias
     assert torch.equal(_compat.adapted_product(*arguments), frozen)
     with torch.inference_mode():
