@@ -1,4 +1,4 @@
-"""Interleaved measurement: the arms take turns step by step, the backends block by block.
+"""Interleaved measurement: the arms take turns of some steps, the backends block by block.
 
 Every backend has a process of its own, in which a block is some steps of every arm in turn, so that
 a slow moment of the machine falls on all of them. A round takes the backends in order and then in
@@ -22,7 +22,9 @@ from benchmarks.names import DTYPE
 # What the slowest arm's steps take of a block: so much that the clock and a passing interruption
 # matter little, most where a ratio has a bound, least where a case has dozens of arms.
 LONG_BLOCK_SECONDS, BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 1.2, 0.4, 0.15
-TURNS_AT_LEAST, TURNS_AT_MOST = 2, 400
+TURNS_AT_MOST = 200
+# Steps that a turn of the slowest arm has, one of them not counted.
+STEPS_OF_A_TURN = 3
 
 
 @dataclasses.dataclass
@@ -90,8 +92,8 @@ class Worker:
 
     def block(self, seconds):
         """Returns {arm: seconds of a step}, from a block in which the slowest has `seconds`."""
-        turns = round(seconds / max(*self.step.values(), 1e-6))
-        turns = min(max(turns, TURNS_AT_LEAST), TURNS_AT_MOST)
+        turns = round(seconds / STEPS_OF_A_TURN / max(*self.step.values(), 1e-6))
+        turns = min(max(turns, 1), TURNS_AT_MOST)
         self.process.stdin.write(f"{turns}\n")
         self.process.stdin.flush()
         return json.loads(self._answer())

@@ -2,11 +2,13 @@
 
     python -m benchmarks.worker CASE [ARM ...]
 
-Reads lines with a number of turns. In such a block the arms take turns, there and back again, after
-one step of each that is not counted; the answer is the median of the seconds that a step of each
-arm took, of a model one that `fit` runs. A turn is one step, or some of an arm whose steps are much
-shorter than others'; where a step is short, it begins with one that is not counted. The first line
-it writes gives each arm's seconds for one step, after two that compile and warm up.
+Reads lines with a number of turns. In such a block the arms take turns, in order and in reverse. A
+turn is one step that is not counted and then some that are, so that what is timed always follows a
+step of the same arm, as it does for a user: what another arm leaves in the caches costs the next
+step up to 13 %, and an order there and back would spare that to its first and last arm, half of the
+time. The answer is the median of the seconds that a step of each arm took, of a model one that
+`fit` runs. The first line it writes gives each arm's seconds for one step, after two that compile
+and warm up.
 """
 
 import json
@@ -22,11 +24,8 @@ from benchmarks.cases import CASES
 from benchmarks.names import DTYPE
 
 SETTLE = 0.1
-# A turn's steps: so many that they take this share of the longest step, up to a number.
-TURN, STEPS_OF_A_TURN = 0.25, 20
-# Seconds up to which a step depends on what the arm before left in the caches: on torch our
-# optimizer's takes 13 % longer after another's, torch's own 8 %. For bert_wide it is all the same.
-SHORT = 0.1
+# The steps of a turn that count: as many as take this share of the longest, within these numbers.
+TURN, STEPS_AT_LEAST, STEPS_AT_MOST = 0.25, 2, 20
 
 
 def use_dtype():
@@ -47,17 +46,19 @@ def main(case, wanted=()):
             (seconds[name],) = _timed(steps[name], 1)
     print(json.dumps(seconds), file=answers, flush=True)
     turn = TURN * max(seconds.values())
-    repeats = {name: max(1, min(int(turn / s), STEPS_OF_A_TURN)) for name, s in seconds.items()}
+    repeats = {
+        name: min(max(int(turn / one), STEPS_AT_LEAST), STEPS_AT_MOST)
+        for name, one in seconds.items()
+    }
+    order = list(steps)
     for line in sys.stdin:
         # Threads of the process that ran before may still be spinning for work.
         time.sleep(SETTLE)
         block = {name: [] for name in steps}
-        for step in steps.values():
-            _timed(step, 1)
-        for number in range(int(line)):
-            for name in list(steps)[:: -1 if number % 2 else 1]:
-                uncounted = seconds[name] < SHORT
-                block[name] += _timed(steps[name], repeats[name] + uncounted)[uncounted:]
+        for _ in range(int(line)):
+            for name in order:
+                block[name] += _timed(steps[name], 1 + repeats[name])[1:]
+            order.reverse()
         medians = {name: statistics.median(values) for name, values in block.items()}
         print(json.dumps(medians), file=answers, flush=True)
 
