@@ -10,3 +10,5 @@ TENSORS = (24, 192, 1500)
 GROWTH = ("width", "tokens", "rank", "layers")
 # Set in a worker's environment: Keras's dtype policy.
 DTYPE = "KERAS_LORAPLUS_BENCHMARK_DTYPE"
+# Steps of an arm's turn that are counted, at least; one that is not comes before them.
+STEPS_AT_LEAST = 2

@@ -17,14 +17,12 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.names import DTYPE
+from benchmarks.names import DTYPE, STEPS_AT_LEAST
 
 # What the slowest arm's steps take of a block: so much that the clock and a passing interruption
 # matter little, most where a ratio has a bound, least where a case has dozens of arms.
 LONG_BLOCK_SECONDS, BLOCK_SECONDS, SHORT_BLOCK_SECONDS = 1.2, 0.4, 0.15
 TURNS_AT_MOST = 200
-# Steps that a turn of the slowest arm has, one of them not counted.
-STEPS_OF_A_TURN = 3
 
 
 @dataclasses.dataclass
@@ -92,7 +90,8 @@ class Worker:
 
     def block(self, seconds):
         """Returns {arm: seconds of a step}, from a block in which the slowest has `seconds`."""
-        turns = round(seconds / STEPS_OF_A_TURN / max(*self.step.values(), 1e-6))
+        turn = (1 + STEPS_AT_LEAST) * max(*self.step.values(), 1e-6)
+        turns = round(seconds / turn)
         turns = min(max(turns, 1), TURNS_AT_MOST)
         self.process.stdin.write(f"{turns}\n")
         self.process.stdin.flush()

@@ -21,11 +21,11 @@ import keras
 
 from benchmarks.arms import Training
 from benchmarks.cases import CASES
-from benchmarks.names import DTYPE
+from benchmarks.names import DTYPE, STEPS_AT_LEAST
 
 SETTLE = 0.1
-# The steps of a turn that count: as many as take this share of the longest, within these numbers.
-TURN, STEPS_AT_LEAST, STEPS_AT_MOST = 0.25, 2, 20
+# The steps of a turn that count: as many as take this share of the longest, up to a number.
+TURN, STEPS_AT_MOST = 0.25, 20
 
 
 def use_dtype():

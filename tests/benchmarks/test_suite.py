@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import io
 import json
 
 import keras
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as suite
-from benchmarks import parts, report, rounds
+from benchmarks import parts, report, rounds, worker
 from benchmarks.cases import CASES
 from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
@@ -102,6 +103,28 @@ def test_the_fitted_exponent_is_that_of_the_larger_sizes():
     added = {n: 1e-4 + 1e-6 * n**1.5 for n in (32, 128, 512, 2048, 4096)}
     assert parts.fitted_exponent(added) == pytest.approx(1.5, abs=0.05)
     assert parts.fitted_exponent({1: -1e-5, 2: 1e-5}) is None
+
+
+def test_a_step_that_counts_follows_one_of_the_same_arm(monkeypatch):
+    """The first step of a turn, which takes 100 seconds here, is in no answer."""
+    turns = []
+
+    def timed(step, number):
+        turns.append((step, number))
+        return [0.1] if number == 1 else [100.0, 1.0, 3.0]
+
+    monkeypatch.setattr(worker, "_timed", timed)
+    monkeypatch.setattr(worker, "SETTLE", 0.0)
+    monkeypatch.setitem(worker.CASES, "letters", lambda: {name: lambda n=name: n for name in "abc"})
+    monkeypatch.setattr("sys.stdin", io.StringIO("2\n1\n"))
+    answers = io.StringIO()
+    monkeypatch.setattr("sys.stdout", answers)
+    worker.main("letters")
+    _, first, second = map(json.loads, answers.getvalue().splitlines())
+    assert first == second == {"a": 2.0, "b": 2.0, "c": 2.0}
+    of_blocks = [(step, number) for step, number in turns if number > 1]
+    assert [name for name, _ in of_blocks] == [*"abc", *"cba", *"abc"]
+    assert {number for _, number in of_blocks} == {3}
 
 
 def test_a_ratio_of_what_was_not_measured_is_none():

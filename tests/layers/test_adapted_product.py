@@ -138,13 +138,13 @@ def _in_another_order(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*CASES, *WIDE])
 def test_a_zero_b_changes_no_bit(name, dtype, arranged):
-    """With gradients and without, the outputs are the frozen layer's."""
+    """With gradients and without, the outputs are those of the layer while it trained."""
     arguments = operands(name, dtype, torch.float32)
     arguments[X] = arranged(arguments[X])
     with torch.no_grad():
         arguments[B].zero_()
     equation, x, w, bias = arguments[:A]
-    # As a trained layer's: torch 2.13 multiplies swapped inputs otherwise by a frozen matrix.
+    # torch 2.13 multiplies swapped inputs otherwise by a matrix that does not train.
     trained = w.clone().requires_grad_()
     frozen = torch.matmul(x, trained) if equation is None else torch.einsum(equation, x, trained)
     frozen = frozen if bias is None else frozen + bias
