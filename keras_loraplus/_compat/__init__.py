@@ -71,6 +71,7 @@ from keras_loraplus._compat.products import (
     adapted_product,
     add_product,
     einsum_of_frozen,
+    matmul_of_frozen,
     thin_product,
     with_fast_gradient,
 )

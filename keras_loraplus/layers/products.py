@@ -50,13 +50,13 @@ class Products(_Mixed):
         """
         return ops.stop_gradient(kernel)
 
-    def _frozen_product(self, inputs, equation=None):
-        """Returns the layer's own product, without bias; of matrices where there is no equation."""
+    def _frozen_product(self, inputs, equation=None, in_order=False):
+        """Returns the layer's own product, without bias; `_adapted_product` has the arguments."""
         if self.quantization_mode is not None:
             return quantized.product(self, inputs)
         kernel = self._frozen(self.kernel)
-        if equation is None:
-            return ops.matmul(inputs, kernel)
+        if in_order:
+            return _compat.matmul_of_frozen(inputs, kernel, equation)
         return ops.einsum(equation, inputs, kernel)
 
     def _adapted_product(self, inputs, training, equation=None, in_order=True):
@@ -79,7 +79,7 @@ class Products(_Mixed):
         a, b = self._scaled(a, b)
         if equation is not None:
             a, b = ops.reshape(a, (-1, a.shape[-1])), ops.reshape(b, (b.shape[0], -1))
-        outputs = self._frozen_product(inputs, equation)
+        outputs = self._frozen_product(inputs, equation, in_order)
         return self._plus_bias(self._plus_product(outputs, adapter_inputs, a, b))
 
     def _plus_bias(self, outputs):

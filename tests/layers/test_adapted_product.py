@@ -7,6 +7,7 @@ from tolerances import FLOAT32_LAYER, assert_close
 
 import keras_loraplus as klp
 from keras_loraplus import _compat
+from keras_loraplus._compat import products
 
 if keras.backend.backend() != "torch":
     pytest.skip("a node of torch's graph; the other backends have none", allow_module_level=True)
@@ -94,6 +95,113 @@ def test_gradients_of_gradients(name):
     assert torch.autograd.gradcheck(product, wanting(arguments))
     if name != "many rows":  # as for few, and 50 rows take a while
         assert torch.autograd.gradgradcheck(product, wanting(arguments))
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Calls of oneDNN's product, which any size is worth here."""
+    calls, linear = [], products._onednn_linear()
+    assert linear is not None
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return linear(*arguments)
+
+    monkeypatch.setattr(products, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(products, "_onednn_linear", lambda: counted)
+    return calls
+
+
+UPSTREAM = {
+    "contiguous": lambda like: torch.randn(like.shape),
+    "swapped": lambda like: torch.randn(*like.shape[:-2], *like.shape[:-3:-1]).mT,
+    "expanded": lambda like: torch.tensor(1.5).expand(like.shape),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("name", {**CASES, **WIDE})
+def test_onednn_forms_the_gradient_of_the_inputs(name, upstream, onednn):
+    arguments = operands(name, torch.float32)
+    outputs = _compat.adapted_product(*arguments)
+    weights = UPSTREAM[upstream](outputs)
+    actual = torch.autograd.grad(outputs, wanting(arguments), weights)
+    exact = operands(name)
+    expected = as_recorded(*exact)
+    wanted = torch.autograd.grad(expected, wanting(exact), weights.double())
+    assert len(onednn) == 1
+    for one, other in zip(actual, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", {**CASES, **WIDE})
+def test_onednn_forms_it_where_the_adapter_is_recorded_apart(name, onednn):
+    """As with dropout: the frozen product alone, against what torch records."""
+    equation, x, w = operands(name, torch.float32)[:3]
+    outputs = _compat.matmul_of_frozen(x, w, equation)
+    expected = torch.matmul(x, w) if equation is None else torch.einsum(equation, x, w)
+    assert torch.equal(outputs, expected)
+    upstream = torch.randn_like(outputs)
+    (actual,) = torch.autograd.grad(outputs, x, upstream)
+    (wanted,) = torch.autograd.grad(expected, x, upstream)
+    assert len(onednn) == 1 and actual.shape == x.shape
+    assert (actual - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_frozen_product_alone_has_gradients_of_gradients(name, onednn):
+    equation, x, w = operands(name, torch.float32)[:3]
+    outputs = _compat.matmul_of_frozen(x, w, equation)
+    assert "FrozenProduct" in outputs.grad_fn.name()
+    weights = torch.randn_like(outputs).requires_grad_()
+    (first,) = torch.autograd.grad(outputs, x, weights, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), weights)
+    expected = torch.ones_like(x)
+    expected = (
+        torch.matmul(expected, w) if equation is None else torch.einsum(equation, expected, w)
+    )
+    assert not onednn
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_keeps_the_fast_gradient(onednn):
+    layer = klp.layers.LoRAPlusDense(257, rank=2, dropout=0.5)
+    layer.build((None, 130))
+    inputs = torch.randn(67, 130, requires_grad=True)
+    layer(inputs, training=True).sum().backward()
+    assert len(onednn) == 1
+    layer(inputs, training=False).sum().backward()
+    assert len(onednn) == 2
+    with torch.no_grad():
+        layer(inputs, training=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(inputs, training=True).sum().backward()
+    assert len(onednn) == 2
+
+
+def test_onednn_is_left_out_where_it_has_no_rule(onednn, monkeypatch):
+    """The first is the control."""
+
+    def calls(dtype=torch.float32, **settings):
+        onednn.clear()
+        arguments = operands("wide", dtype)
+        outputs = _compat.adapted_product(*arguments)
+        torch.autograd.grad(outputs.sum(), wanting(arguments), **settings)
+        return len(onednn)
+
+    assert calls() == 1
+    assert calls(create_graph=True) == calls(torch.float64) == calls(torch.bfloat16) == 0
+    with monkeypatch.context() as switched:
+        switched.setattr(torch.backends.mkldnn, "enabled", False)
+        assert calls() == 0
+    monkeypatch.setattr(products, "ONEDNN_FROM", 2 * 67 * 130 * 257)
+    assert calls() == 1
+    monkeypatch.setattr(products, "ONEDNN_FROM", 2 * 67 * 130 * 257 + 1)
+    assert calls() == 0
+    monkeypatch.setattr(products, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(products, "_onednn_linear", lambda: None)
+    assert calls() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
