@@ -8,9 +8,36 @@ import keras
 import keras_loraplus as klp
 from benchmarks.arms import RANK, RATE, SEED, Training
 from benchmarks.models import CLASSES, CROSS_ENTROPY, class_labels, image_batch
+from benchmarks.names import CHECKPOINTING
 
 SIZES = {"layers": 6, "width": 384, "heads": 6, "inner": 1536, "batch": 4, "length": 256}
-MODES = ("none", "activations", "blocks")
+MODES, UNFILTERED = CHECKPOINTING[:-1], CHECKPOINTING[-1]
+
+
+class Unfiltered(Training):
+    """Training whose steps run without Keras's filter for tracebacks.
+
+    torch ends a recomputation with an exception. The filter (Keras 3.15.1) catches it and raises it
+    again, which leaves its frames, and with them what was recomputed, in a cycle until Python's
+    collector comes.
+    """
+
+    def __call__(self):
+        with _unfiltered():
+            return super().__call__()
+
+    def seconds(self, steps):
+        with _unfiltered():
+            return super().seconds(steps)
+
+
+@contextlib.contextmanager
+def _unfiltered():
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        keras.config.enable_traceback_filtering()
 
 
 class Block(keras.layers.Layer):
@@ -44,8 +71,9 @@ class Block(keras.layers.Layer):
 
 
 def checkpointing():
-    """An adapted transformer, without, with its activations and with whole layers recomputed."""
-    return {mode: functools.partial(checkpointed, mode, SIZES) for mode in MODES}
+    """An adapted transformer; an arm for each thing that is recomputed."""
+    modes = CHECKPOINTING if keras.backend.backend() == "torch" else MODES
+    return {mode: functools.partial(checkpointed, mode, SIZES) for mode in modes}
 
 
 def checkpointed(mode, sizes):
@@ -54,7 +82,7 @@ def checkpointed(mode, sizes):
     names = [f"block_{number}" for number in range(sizes["layers"])]
     if mode == "activations":
         scope = keras.RematScope(mode="activations")
-    elif mode == "blocks":
+    elif mode in ("blocks", UNFILTERED):
         scope = keras.RematScope(mode="list_of_layers", layer_names=names)
     inputs = x = keras.Input((sizes["length"], sizes["width"]))
     with scope:
@@ -65,4 +93,5 @@ def checkpointed(mode, sizes):
     klp.enable_lora_plus(model, rank=RANK)
     model.compile(klp.LoRAPlusAdamW(RATE), loss=CROSS_ENTROPY())
     batch = image_batch((sizes["length"], sizes["width"]), sizes["batch"])
-    return Training(model, batch, class_labels(sizes["batch"]))
+    training = Unfiltered if mode == UNFILTERED else Training
+    return training(model, batch, class_labels(sizes["batch"]))

@@ -109,11 +109,14 @@ KINDS = {
     "large": large.enable_and_merge,
     "profile": profiling.operations,
 }
+RESIDENT = ("memory", "large")
 
 
 def main(kind, *arguments):
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be an answer
     use_dtype()
+    if kind in RESIDENT:
+        resident.follow_what_lives()
     print(json.dumps(KINDS[kind](*arguments)), file=answers, flush=True)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 import keras_loraplus as klp
 from benchmarks.arms import RANK, RATE, SEED, Training
+from keras_loraplus import _compat
 
 # What is held while one of them is varied, and the values it takes. The rank is high enough for the
 # adapter's part of a step to stand out from the noise at every width.
@@ -32,16 +33,33 @@ def growth(what):
     """Adapted and frozen stacks for every value of one size."""
     return {
         f"{arm}/{value}": functools.partial(
-            dense_training, function, activation=None, **{**HELD, what: value}
+            dense_training, function, activation=None, layer=layer, **{**HELD, what: value}
         )
         for value in VARIED[what]
-        for arm, function in (("ours", ours), ("limit", limit))
+        for arm, function, layer in (
+            ("ours", ours, keras.layers.Dense),
+            ("limit", limit, FrozenDense),
+        )
     }
 
 
-def dense_training(prepare, width, tokens, layers, rank, activation="relu"):
+class FrozenDense(keras.layers.Dense):
+    """A frozen layer that forms the gradient of its inputs as an adapted one does.
+
+    What an adapted layer takes beyond this one is the adapter's.
+    """
+
+    def call(self, inputs, training=None):
+        kernel = keras.ops.stop_gradient(self.kernel)
+        outputs = keras.ops.add(_compat.matmul_of_frozen(inputs, kernel), self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def dense_training(
+    prepare, width, tokens, layers, rank, activation="relu", layer=keras.layers.Dense
+):
     keras.utils.set_random_seed(SEED)
-    stack = [keras.layers.Dense(width, activation=activation) for _ in range(layers)]
+    stack = [layer(width, activation=activation) for _ in range(layers)]
     model = keras.Sequential([keras.Input((width,)), *stack])
     rng = np.random.default_rng(SEED)
     x, y = (rng.normal(size=(tokens, width)).astype("float32") for _ in range(2))

@@ -6,6 +6,9 @@ MODEL_CASES = ("minilm_qv", "minilm_all", "llama", "vit", "resnet")
 EINSUM_CASES = ("einsum_flat", "einsum_moved")
 MEMORY_CASES = ("bert_wide", *MODEL_CASES)
 ARMS = ("full", "native", "native_same", "ours", "limit", "peft")
+# What `keras.RematScope` recomputes: nothing, activations, whole layers, and these once more
+# without Keras's filter for tracebacks, which on torch keeps what is recomputed.
+CHECKPOINTING = ("none", "activations", "blocks", "blocks_unfiltered")
 TENSORS = (24, 192, 1500)
 GROWTH = ("width", "tokens", "rank", "layers")
 # Set in a worker's environment: Keras's dtype policy.

@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from benchmarks import contract
-from benchmarks.names import ARMS
+from benchmarks.names import ARMS, CHECKPOINTING
 from benchmarks.report import MEGABYTE, operation_sums, table
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -23,6 +23,12 @@ TITLES = {
     "limit": "limit",
     "peft": "PEFT",
 }
+RECOMPUTED = {
+    "none": "nothing",
+    "activations": "activations",
+    "blocks": "whole layers",
+    "blocks_unfiltered": "whole layers, tracebacks unfiltered",
+}
 
 
 def read(folder=RESULTS):
@@ -37,7 +43,7 @@ def into_readme(text, results):
 
 
 def section(results):
-    """Returns the ratios, operations, memory, the billion parameters and links to the rest."""
+    """Returns what is shown of the ratios and of each part, and links to the rest."""
     ratios = results[CONTRACT]
     said = [
         f"Measured {ratios['date']} on {ratios['machine']}; medians of {ratios['blocks']} "
@@ -47,6 +53,8 @@ def section(results):
         said.append(_profile(results["profile"]))
     if "memory" in results:
         said.append(_memory(results["memory"]))
+    if "checkpointing" in results:
+        said.append(_checkpointing(results["checkpointing"]))
     if "large" in results:
         said.append(_large(results["large"]))
     others = [f"[{name}](benchmarks/results/{name}.md)" for name in results if name != CONTRACT]
@@ -81,6 +89,25 @@ def _memory(result):
     return (
         "What a step needs beyond the built model, in MB (JAX: XLA's buffers; the others: peak "
         f"of the resident set), measured {result['date']}:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _checkpointing(result):
+    costs = {
+        (row["backend"], row["arm"]): f"{row['milliseconds']:.0f} ms, "
+        f"{row['extra'] / MEGABYTE:.0f} MB"
+        for row in result["checkpointing"]
+    }
+    rows = [
+        [backend, *(costs.get((backend, mode), "") for mode in CHECKPOINTING)]
+        for backend in dict.fromkeys(backend for backend, _ in costs)
+    ]
+    lines = table(["backend", *(RECOMPUTED[mode] for mode in CHECKPOINTING)], rows)
+    return (
+        "`keras.RematScope` around the adapted layers of a transformer: a step's time, and its "
+        f"memory as above, by what is recomputed, measured {result['date']}:\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

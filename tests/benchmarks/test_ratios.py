@@ -71,12 +71,16 @@ def test_the_readme_has_the_sums_of_operations_once_they_are_measured():
     assert "2026-01-02: a: ours 4 ms, PEFT 5 ms; b: ours 9 ms, PEFT 8 ms (" in text
 
 
-def test_the_readme_has_memory_and_a_billion_parameters_once_they_are_measured():
+def test_the_readme_has_each_part_once_it_is_measured():
     ratios = {"date": "2026-01-01", "machine": "m", "blocks": 9, "ratios": []}
     memory = [
         {"case": case, "backend": "torch", "arm": arm, "extra": extra * 1_000_000}
         for case, arm, extra in (("minilm_qv", "ours", 30), ("minilm_qv", "peft", 40))
     ] + [{"case": "vit", "backend": "jax", "arm": "ours", "extra": 7_000_000}]
+    recomputed = [
+        {"backend": "torch", "arm": arm, "milliseconds": ms, "extra": 1_000_000 * extra}
+        for arm, ms, extra in (("none", 380.4, 190), ("blocks_unfiltered", 620.6, 72))
+    ]
     cost = {"seconds": 1.26, "extra_bytes": 33_000_000}
     large = {
         "backend": "torch",
@@ -91,8 +95,11 @@ def test_the_readme_has_memory_and_a_billion_parameters_once_they_are_measured()
     plain = readme.into_readme(text, results)
     assert "old" not in plain and plain.startswith("before\n") and plain.endswith("\nafter\n")
     results |= {"memory": {"date": "2026-01-02", "memory": memory}, "large": {"large": [large]}}
+    results["checkpointing"] = {"date": "2026-01-03", "checkpointing": recomputed}
     full = readme.into_readme(plain, results)
     assert "| minilm_qv | torch |  |  |  | 30 |  | 40 |\n" in full and "vit" not in full
+    assert "measured 2026-01-03:" in full
+    assert "| torch | 380 ms, 190 MB |  |  | 621 ms, 72 MB |\n" in full
     assert "`enable_lora_plus` takes 1.3 s and 33 MB on torch; " in full
     assert "`merge_lora_plus` 9.0 s and 505 MB on torch.\n" in full
     assert "[memory](benchmarks/results/memory.md)" in full

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as suite
-from benchmarks import parts, report, rounds, worker
+from benchmarks import dense_cases, parts, report, rounds, worker
 from benchmarks.cases import CASES
 from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
 from benchmarks.names import BACKENDS, MEMORY_CASES
 from benchmarks.optimizer_cases import Tensors
 from benchmarks.rounds import Times
+from keras_loraplus import _compat
 from keras_loraplus.layers.einsum_split import split_einsum
 
 OPTIONS = {"blocks": 2, "dtype": None, "cases": None, "arms": ()}
@@ -96,6 +97,26 @@ def test_the_optimizer_has_as_many_multipliers_as_it_says():
     step = Tensors(8, 4).ours()
     step()
     assert set(parts.EXPECTED_GROWTH) == {"width", "tokens", "rank", "layers"}
+
+
+def test_what_an_adapter_adds_is_over_layers_with_its_frozen_product(monkeypatch):
+    sizes = {"width": 8, "tokens": 4, "layers": 2, "rank": 1}
+    products, losses = [], {}
+    plain = _compat.matmul_of_frozen
+    monkeypatch.setattr(
+        _compat, "matmul_of_frozen", lambda *given: products.append(given) or plain(*given)
+    )
+    for layer in (keras.layers.Dense, dense_cases.FrozenDense):
+        step = dense_cases.dense_training(dense_cases.limit, layer=layer, **sizes)
+        assert not products
+        losses[layer] = [float(np.ravel(step())[0]) for _ in range(3)]
+    assert products and len(set(losses[keras.layers.Dense])) == 3
+    np.testing.assert_allclose(*losses.values(), rtol=1e-6)
+    arms = dense_cases.growth("layers")
+    assert {arm.partition("/")[0]: made.keywords["layer"] for arm, made in arms.items()} == {
+        "ours": keras.layers.Dense,
+        "limit": dense_cases.FrozenDense,
+    }
 
 
 def test_the_fitted_exponent_is_that_of_the_larger_sizes():
