@@ -17,6 +17,7 @@ from keras_loraplus._compat.distribution import (
     span_processes,
     wait_for_all_processes,
 )
+from keras_loraplus._compat.frozen import einsum_of_frozen, matmul_of_frozen
 from keras_loraplus._compat.graphs import (
     clear_compiled_state,
     graph_left_untouched,
@@ -70,8 +71,6 @@ from keras_loraplus._compat.optimizers import (
 from keras_loraplus._compat.products import (
     adapted_product,
     add_product,
-    einsum_of_frozen,
-    matmul_of_frozen,
     thin_product,
     with_fast_gradient,
 )

@@ -1,17 +1,17 @@
 """The products of a layer, arranged for each backend so that their gradients are fast."""
 
 import functools
-import math
 
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
 
-from keras_loraplus._compat.torch_optimizers import torch_values
-
-# Multiplications of a product from which on oneDNN's call is worth it on torch.
-ONEDNN_FROM = 2**23
-# Tokens up to which the mirrored gradient is worth it on JAX.
-MIRRORED_TOKENS = 64
+from keras_loraplus._compat.torch_nodes import (
+    are_plain,
+    by_onednn,
+    is_onednn_faster,
+    may_be_a_node,
+    tensors,
+)
 
 
 def with_fast_gradient(a):
@@ -80,47 +80,14 @@ def adapted_product(equation, inputs, kernel, bias, a, b, scale):
         return None
     import torch
 
-    inputs, kernel, bias, a, b, scale = _tensors((inputs, kernel, bias, a, b, scale))
-    if not _may_be_a_node(*((inputs, kernel) if bias is None else (inputs, kernel, bias))):
+    inputs, kernel, bias, a, b, scale = tensors((inputs, kernel, bias, a, b, scale))
+    if not may_be_a_node(*((inputs, kernel) if bias is None else (inputs, kernel, bias))):
         return None
-    if not _are_plain(a, b, scale):
+    if not are_plain(a, b, scale):
         return None
     if torch.is_grad_enabled():
         return _torch_adapted_product().apply(equation, inputs, kernel, bias, a, b, scale)
     return _product(equation, inputs, kernel, bias, a, b, scale)[0]
-
-
-def _may_be_a_node(*tensors):
-    """Whether a function of these alone, with a gradient of our own, is what torch records."""
-    import torch
-    from torch.autograd import forward_ad
-
-    return (
-        _are_plain(*tensors)
-        and tensors[0].dtype.is_floating_point
-        and not torch.is_autocast_enabled(tensors[0].device.type)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def _are_plain(*tensors):
-    """Whether all are torch's own tensors, of one dtype."""
-    import torch
-
-    dtype = tensors[0].dtype
-    return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == dtype
-        for tensor in tensors
-    )
-
-
-def _tensors(operands):
-    """Returns the operands with the tensor in place of each variable."""
-    values = iter(torch_values([each for each in operands if isinstance(each, keras.Variable)]))
-    return [next(values) if isinstance(each, keras.Variable) else each for each in operands]
 
 
 @functools.cache
@@ -251,45 +218,10 @@ def _gradient_of_inputs(upstream, kernel, back, a):
 
     down = _matrix(a, upstream.dtype)
     matrix = kernel.reshape(down.shape[0], -1)
-    if _is_onednn_faster(upstream.shape[0], matrix) and not torch.is_grad_enabled():
-        return _by_onednn(upstream, matrix).addmm_(back.t(), down.t())
+    if is_onednn_faster(upstream.shape[0], matrix) and not torch.is_grad_enabled():
+        return by_onednn(upstream, matrix).addmm_(back.t(), down.t())
     # The small product first: the large one adds to it at no cost.
     return torch.mm(back.t(), down.t()).addmm_(upstream, matrix.t())
-
-
-def _is_onednn_faster(tokens, matrix):
-    """Whether oneDNN can form so many rows times the matrix transposed, and faster than torch does.
-
-    It takes 50 to 92 % of the time that MKL takes (torch 2.13.0, AMD EPYC, 1 to 2,048 rows,
-    matrices 384 to 4,096 wide), after 13 microseconds of its own.
-    """
-    import torch
-
-    return (
-        tokens * matrix.numel() >= ONEDNN_FROM
-        and matrix.dtype == torch.float32
-        and matrix.device.type == "cpu"
-        and _onednn_linear() is not None
-        and torch.backends.mkldnn.enabled
-    )
-
-
-def _by_onednn(rows, matrix):
-    return _onednn_linear()(rows, matrix, None, "none", [], "")
-
-
-@functools.cache
-def _onednn_linear():
-    """Returns oneDNN's product with a transposed matrix, or None where torch was built without.
-
-    torch's compiler uses this operator, which is private and has no gradient: checked on 2.13.0.
-    """
-    import torch
-
-    if not torch.backends.mkldnn.is_available():
-        return None
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return operator and operator.default
 
 
 def add_product(outputs, inner, b):
@@ -304,154 +236,3 @@ def add_product(outputs, inner, b):
         return torch.addmm(outputs.reshape(-1, b.shape[-1]), inner, b).reshape(outputs.shape)
     product = keras.ops.matmul(inner, b)
     return keras.ops.add(outputs, keras.ops.reshape(product, keras.ops.shape(outputs)))
-
-
-def matmul_of_frozen(inputs, kernel, equation=None):
-    """Returns inputs (..., n) times a matrix (n, m) that gets no gradient.
-
-    The values are those of `matmul`, or of an einsum equation that is a product of matrices and
-    whose kernel's axes are in order, those that are contracted first. The gradient of the inputs,
-    `g W^T`, is formed faster (CPU). On torch oneDNN forms it. Of products without an equation,
-    TensorFlow (2.21.0) takes another kernel for a batch of one matrix, at 1024 x 4096 and 256
-    tokens in 68 % of the time, at 2048 x 2048 and 32 tokens in 35 %; XLA (jax 0.10.2) forms
-    `(W g^T)^T` of 8 to 32 tokens in 48 to 82 % and of more in about the same.
-    """
-    backend, is_known = keras_backend.backend(), not isinstance(inputs, keras.KerasTensor)
-    if is_known and backend == "torch":
-        return _torch_matmul(inputs, kernel, equation)
-    if equation is not None:
-        return keras.ops.einsum(equation, inputs, kernel)
-    if is_known and backend == "tensorflow":
-        return _tensorflow_matmul(inputs, kernel)
-    if is_known and backend == "jax":
-        return _jax_matmul(inputs, kernel)
-    return keras.ops.matmul(inputs, kernel)
-
-
-def _torch_matmul(inputs, kernel, equation):
-    import torch
-
-    inputs, kernel = _tensors((inputs, kernel))
-    if torch.is_grad_enabled() and inputs.requires_grad and _may_be_a_node(inputs, kernel):
-        contracted = 1 if equation is None else _contracted_axes(equation)
-        matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
-        if _is_onednn_faster(inputs.numel() // matrix.shape[0], matrix):
-            return _torch_frozen_product().apply(equation, inputs, kernel, matrix)
-    return _matmul_or_einsum(equation, inputs, kernel)
-
-
-def _matmul_or_einsum(equation, inputs, kernel):
-    if equation is None:
-        return keras.ops.matmul(inputs, kernel)
-    return keras.ops.einsum(equation, inputs, kernel)
-
-
-@functools.cache
-def _contracted_axes(equation):
-    """Returns how many axes of the kernel an equation sums over."""
-    kernel, outputs = equation.split(",")[1].split("->")
-    return sum(axis.isalpha() and axis not in outputs for axis in kernel)
-
-
-@functools.cache
-def _torch_frozen_product():
-    import torch
-
-    class FrozenProduct(torch.autograd.Function):
-        """A product with a kernel, also given as a matrix (n, m), that gets no gradient."""
-
-        @staticmethod
-        def forward(ctx, equation, inputs, kernel, matrix):
-            ctx.save_for_backward(matrix)
-            ctx.input_shape = inputs.shape
-            return _matmul_or_einsum(equation, inputs, kernel)
-
-        @staticmethod
-        def backward(ctx, upstream):
-            (matrix,) = ctx.saved_tensors
-            rows = upstream.reshape(-1, matrix.shape[1])
-            if torch.is_grad_enabled():
-                back = torch.mm(rows, matrix.t())
-            else:
-                back = _by_onednn(rows, matrix)
-            return None, back.reshape(ctx.input_shape), None, None
-
-    return FrozenProduct
-
-
-def _tensorflow_matmul(inputs, kernel):
-    import tensorflow as tf
-
-    if not isinstance(inputs, tf.Tensor) or (inputs.shape.rank or 0) < 2:
-        return keras.ops.matmul(inputs, kernel)
-
-    @tf.custom_gradient
-    def product(x, w):
-        def gradient(upstream):
-            batch = tf.reshape(upstream, (1, -1, w.shape[-1]))
-            back = tf.matmul(batch, tf.cast(w, upstream.dtype)[None], transpose_b=True)
-            return tf.reshape(tf.cast(back, x.dtype), tf.shape(x)), None
-
-        return keras.ops.matmul(x, w), gradient
-
-    return product(inputs, kernel)
-
-
-def _jax_matmul(inputs, kernel):
-    import jax
-
-    if not isinstance(inputs, jax.Array) or not inputs.ndim or jax.default_backend() != "cpu":
-        return keras.ops.matmul(inputs, kernel)
-    *others, width = inputs.shape
-    if all(isinstance(size, int) for size in others) and math.prod(others) <= MIRRORED_TOKENS:
-        rows = _with_mirrored_gradient()(inputs.reshape(-1, width))
-        return keras.ops.matmul(rows, kernel).reshape(*others, kernel.shape[-1])
-    return keras.ops.matmul(inputs, kernel)
-
-
-@functools.cache
-def _with_mirrored_gradient():
-    """Returns the identity of matrices, whose gradient passes a barrier as its transpose.
-
-    XLA folds the transpose into the product before it, `g W^T`, and the barrier keeps it there. So
-    arranged it can be differentiated in both modes and mapped, unlike a custom gradient.
-    """
-    import jax
-
-    @jax.custom_jvp
-    def identity(x):
-        return x
-
-    @identity.defjvp
-    def tangent(primals, tangents):
-        (x,), (t,) = primals, tangents
-        return x, jax.lax.optimization_barrier(t.T).T
-
-    return identity
-
-
-def einsum_of_frozen(equation, inputs, kernel):
-    """Returns an einsum whose second operand is a constant.
-
-    TensorFlow (2.21) differentiates an einsum by both operands whatever is asked for; a compiled
-    function drops what nobody reads, an eager one would form a gradient of the kernel's size.
-    """
-    ops = keras.ops
-    operands, outputs = equation.replace(" ", "").split("->")
-    first, second = operands.split(",")
-    plain = keras_backend.backend() != "tensorflow" or isinstance(inputs, keras.KerasTensor)
-    if plain or not set(first) <= set(second + outputs):
-        return ops.einsum(equation, inputs, kernel)
-    import tensorflow as tf
-
-    inputs = ops.convert_to_tensor(inputs)
-
-    @tf.custom_gradient
-    def product(x):
-        def gradient(upstream):
-            back = ops.einsum(f"{outputs},{second}->{first}", upstream, kernel)
-            return ops.cast(back, x.dtype)
-
-        return ops.einsum(equation, x, kernel), gradient
-
-    return product(inputs)

@@ -7,7 +7,7 @@ from tolerances import FLOAT32_LAYER, assert_close
 
 import keras_loraplus as klp
 from keras_loraplus import _compat
-from keras_loraplus._compat import products
+from keras_loraplus._compat import torch_nodes
 
 if keras.backend.backend() != "torch":
     pytest.skip("a node of torch's graph; the other backends have none", allow_module_level=True)
@@ -100,15 +100,15 @@ def test_gradients_of_gradients(name):
 @pytest.fixture
 def onednn(monkeypatch):
     """Calls of oneDNN's product, which any size is worth here."""
-    calls, linear = [], products._onednn_linear()
+    calls, linear = [], torch_nodes._onednn_linear()
     assert linear is not None
 
     def counted(*arguments):
         calls.append(arguments)
         return linear(*arguments)
 
-    monkeypatch.setattr(products, "ONEDNN_FROM", 0)
-    monkeypatch.setattr(products, "_onednn_linear", lambda: counted)
+    monkeypatch.setattr(torch_nodes, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(torch_nodes, "_onednn_linear", lambda: counted)
     return calls
 
 
@@ -195,12 +195,12 @@ def test_onednn_is_left_out_where_it_has_no_rule(onednn, monkeypatch):
     with monkeypatch.context() as switched:
         switched.setattr(torch.backends.mkldnn, "enabled", False)
         assert calls() == 0
-    monkeypatch.setattr(products, "ONEDNN_FROM", 2 * 67 * 130 * 257)
+    monkeypatch.setattr(torch_nodes, "ONEDNN_FROM", 2 * 67 * 130 * 257)
     assert calls() == 1
-    monkeypatch.setattr(products, "ONEDNN_FROM", 2 * 67 * 130 * 257 + 1)
+    monkeypatch.setattr(torch_nodes, "ONEDNN_FROM", 2 * 67 * 130 * 257 + 1)
     assert calls() == 0
-    monkeypatch.setattr(products, "ONEDNN_FROM", 0)
-    monkeypatch.setattr(products, "_onednn_linear", lambda: None)
+    monkeypatch.setattr(torch_nodes, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(torch_nodes, "_onednn_linear", lambda: None)
     assert calls() == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from tolerances import FLOAT32_LAYER, assert_close
 
 from keras_loraplus import _compat
-from keras_loraplus._compat import products
+from keras_loraplus._compat import frozen
 
 if keras.backend.backend() != "jax":
     pytest.skip("the other backends arrange this gradient otherwise", allow_module_level=True)
@@ -83,7 +83,7 @@ def test_only_the_cpu_is_known_to_gain(monkeypatch):
     with monkeypatch.context() as changed:
         changed.setattr(jax, "default_backend", lambda: "gpu")
         assert not is_mirrored()
-    monkeypatch.setattr(products, "MIRRORED_TOKENS", 3)
+    monkeypatch.setattr(frozen, "MIRRORED_TOKENS", 3)
     assert not is_mirrored()
 
 
