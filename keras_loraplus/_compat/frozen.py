@@ -8,6 +8,8 @@ from keras.src import backend as keras_backend  # private: checked on 3.15.1
 
 from keras_loraplus._compat.torch_nodes import (
     by_onednn,
+    contracted_axes,
+    frozen_product,
     is_onednn_faster,
     may_be_a_node,
     tensors,
@@ -43,25 +45,18 @@ def _torch_matmul(inputs, kernel, equation):
     import torch
 
     inputs, kernel = tensors((inputs, kernel))
-    if torch.is_grad_enabled() and inputs.requires_grad and may_be_a_node(inputs, kernel):
-        contracted = 1 if equation is None else _contracted_axes(equation)
-        matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
-        if is_onednn_faster(inputs.numel() // matrix.shape[0], matrix):
-            return _torch_frozen_product().apply(equation, inputs, kernel, matrix)
-    return _matmul_or_einsum(equation, inputs, kernel)
-
-
-def _matmul_or_einsum(equation, inputs, kernel):
-    if equation is None:
-        return keras.ops.matmul(inputs, kernel)
-    return keras.ops.einsum(equation, inputs, kernel)
-
-
-@functools.cache
-def _contracted_axes(equation):
-    """Returns how many axes of the kernel an equation sums over."""
-    kernel, outputs = equation.split(",")[1].split("->")
-    return sum(axis.isalpha() and axis not in outputs for axis in kernel)
+    if not may_be_a_node(inputs, kernel):
+        if equation is None:
+            return keras.ops.matmul(inputs, kernel)
+        return keras.ops.einsum(equation, inputs, kernel)
+    contracted = 1 if equation is None else len(contracted_axes(equation))
+    matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
+    rows = inputs.reshape(-1, matrix.shape[0])
+    if torch.is_grad_enabled() and inputs.requires_grad and is_onednn_faster(rows.shape[0], matrix):
+        outputs = _torch_frozen_product().apply(equation, inputs, rows, kernel, matrix)
+    else:
+        outputs = frozen_product(equation, inputs, rows, kernel)
+    return outputs.reshape(*inputs.shape[: inputs.ndim - contracted], *kernel.shape[contracted:])
 
 
 @functools.cache
@@ -69,23 +64,21 @@ def _torch_frozen_product():
     import torch
 
     class FrozenProduct(torch.autograd.Function):
-        """A product with a kernel, also given as a matrix (n, m), that gets no gradient."""
+        """Rows times a kernel, also given as a matrix (n, m), that gets no gradient."""
 
         @staticmethod
-        def forward(ctx, equation, inputs, kernel, matrix):
+        def forward(ctx, equation, inputs, rows, kernel, matrix):
             ctx.save_for_backward(matrix)
-            ctx.input_shape = inputs.shape
-            return _matmul_or_einsum(equation, inputs, kernel)
+            return frozen_product(equation, inputs, rows, kernel)
 
         @staticmethod
         def backward(ctx, upstream):
             (matrix,) = ctx.saved_tensors
-            rows = upstream.reshape(-1, matrix.shape[1])
             if torch.is_grad_enabled():
-                back = torch.mm(rows, matrix.t())
+                back = torch.mm(upstream, matrix.t())
             else:
-                back = by_onednn(rows, matrix)
-            return None, back.reshape(ctx.input_shape), None, None
+                back = by_onednn(upstream, matrix)
+            return None, None, back, None, None
 
     return FrozenProduct
 

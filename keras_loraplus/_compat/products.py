@@ -8,6 +8,7 @@ from keras.src import backend as keras_backend  # private: checked on 3.15.1
 from keras_loraplus._compat.torch_nodes import (
     are_plain,
     by_onednn,
+    frozen_product,
     is_onednn_faster,
     may_be_a_node,
     tensors,
@@ -140,22 +141,13 @@ def _torch_adapted_product():
 
 
 def _product(equation, inputs, kernel, bias, a, b, scale):
-    """Returns the outputs, `(x A)^T` (r, tokens) and `s B` (r, m), formed without gradients.
-
-    The frozen product is what `matmul` and `einsum` come to, without their search for it.
-    """
+    """Returns the outputs, `(x A)^T` (r, tokens) and `s B` (r, m), formed without gradients."""
     import torch
 
     rows, up = _rows(inputs, a), _scaled_matrix(b, scale, inputs.dtype)
     # First, while the inputs are in the cache.
     inner = _mirrored_inner(rows, a)
-    if equation is None:
-        outputs = torch.mm(rows, kernel)
-    elif _sums_in_order(equation):
-        batch = kernel.reshape(1, rows.shape[1], up.shape[1])
-        outputs = torch.bmm(rows.unsqueeze(0), batch).squeeze(0)
-    else:
-        outputs = torch.einsum(equation, inputs, kernel).reshape(-1, up.shape[1])
+    outputs = frozen_product(equation, inputs, rows, kernel)
     outputs.addmm_(inner.t(), up)
     shape = [*inputs.shape[: inputs.ndim - a.ndim + 1], *b.shape[1:]]
     # A user's own operation in place on the outputs is none of this node's.
@@ -163,14 +155,6 @@ def _product(equation, inputs, kernel, bias, a, b, scale):
     if bias is not None:
         outputs.add_(bias)
     return outputs, inner, up
-
-
-@functools.cache
-def _sums_in_order(equation):
-    """Whether einsum leaves the contracted axes as they are; torch sums in alphabetical order."""
-    kernel, outputs = equation.split(",")[1].split("->")
-    contracted = [axis for axis in kernel if axis.isalpha() and axis not in outputs]
-    return contracted == sorted(contracted)
 
 
 def _mirrored_inner(rows, a):

@@ -1,4 +1,4 @@
-"""What our own nodes of torch's graph share: when one may stand in it, and oneDNN's product."""
+"""What our own nodes of torch's graph share: when one may stand in it, and the frozen product."""
 
 import functools
 
@@ -41,6 +41,36 @@ def are_plain(*tensors):
         type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == dtype
         for tensor in tensors
     )
+
+
+def frozen_product(equation, inputs, rows, kernel):
+    """Returns the inputs, also given as rows (tokens, n), times the kernel as rows (tokens, m).
+
+    It is what `matmul` and `einsum` come to for a matrix that trains, without their search for it;
+    inputs that are swapped in memory they multiply otherwise by one that does not.
+    """
+    import torch
+
+    if equation is None:
+        return torch.mm(rows, kernel)
+    width = kernel.numel() // rows.shape[1]
+    if sums_in_order(equation):
+        batch = kernel.reshape(1, rows.shape[1], width)
+        return torch.bmm(rows.unsqueeze(0), batch).squeeze(0)
+    return torch.einsum(equation, inputs, kernel).reshape(-1, width)
+
+
+def sums_in_order(equation):
+    """Whether einsum leaves the contracted axes as they are; torch sums in alphabetical order."""
+    contracted = contracted_axes(equation)
+    return contracted == "".join(sorted(contracted))
+
+
+@functools.cache
+def contracted_axes(equation):
+    """Returns the kernel's axes that an equation sums over, in the kernel's order."""
+    kernel, outputs = equation.split(",")[1].split("->")
+    return "".join(axis for axis in kernel if axis.isalpha() and axis not in outputs)
 
 
 def is_onednn_faster(tokens, matrix):
