@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as suite
-from benchmarks import dense_cases, parts, report, rounds, worker
+import benchmarks.child as benchmarks_child
+from benchmarks import dense_cases, parts, report, resident, rounds, worker
 from benchmarks.cases import CASES
 from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
@@ -163,6 +164,27 @@ def test_48_multipliers_are_held_against_2(monkeypatch):
     assert {row["met"] for row in found["many"]} == {False}
     page = report.as_markdown("optimizer", {**header(), **found})
     assert "| 24 | jax | 2.50 | 2.0 (not met) |" in page
+
+
+def test_seconds_and_bytes_of_a_billion_parameters_are_of_two_processes(monkeypatch):
+    asked = []
+
+    def child(backend, dtype, kind):
+        asked.append(kind)
+        cost = {"seconds": len(asked), "extra_bytes": 100 * len(asked)}
+        return {"enable": dict(cost), "merge": dict(cost)}
+
+    monkeypatch.setattr(parts, "child", child)
+    (row,) = parts.run_large(argparse.Namespace(**OPTIONS, backends=["jax"]))["large"]
+    assert asked == ["large", "large_resident"] and row["met"]
+    assert row["enable"] == row["merge"] == {"seconds": 1, "extra_bytes": 200}
+    followed = []
+    monkeypatch.setattr(resident, "follow_what_lives", lambda: followed.append(True))
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    for kind, times in (("large", 0), ("large_resident", 1)):
+        monkeypatch.setitem(benchmarks_child.KINDS, kind, dict)
+        benchmarks_child.main(kind)
+        assert len(followed) == times
 
 
 def header():
