@@ -101,7 +101,6 @@ def test_gradients_of_gradients(name):
 def onednn(monkeypatch):
     """Calls of oneDNN's product, which any size is worth here."""
     calls, linear = [], torch_nodes._onednn_linear()
-    assert linear is not None
 
     def counted(*arguments):
         calls.append(arguments)
