@@ -72,7 +72,6 @@ from keras_loraplus._compat.products import (
     adapted_product,
     add_product,
     thin_product,
-    with_fast_gradient,
 )
 from keras_loraplus._compat.quantized import is_calibrated, quantized_mode_call, quantized_view
 from keras_loraplus._compat.resuming import (

@@ -6,6 +6,7 @@ import math
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
 
+from keras_loraplus._compat.jax_gradients import with_mirrored_gradient
 from keras_loraplus._compat.torch_nodes import (
     by_onednn,
     contracted_axes,
@@ -109,30 +110,9 @@ def _jax_matmul(inputs, kernel):
         return keras.ops.matmul(inputs, kernel)
     *others, width = inputs.shape
     if all(isinstance(size, int) for size in others) and math.prod(others) <= MIRRORED_TOKENS:
-        rows = _with_mirrored_gradient()(inputs.reshape(-1, width))
+        rows = with_mirrored_gradient(inputs.reshape(-1, width))
         return keras.ops.matmul(rows, kernel).reshape(*others, kernel.shape[-1])
     return keras.ops.matmul(inputs, kernel)
-
-
-@functools.cache
-def _with_mirrored_gradient():
-    """Returns the identity of matrices, whose gradient passes a barrier as its transpose.
-
-    XLA folds the transpose into the product before it, `g W^T`, and the barrier keeps it there. So
-    arranged it can be differentiated in both modes and mapped, unlike a custom gradient.
-    """
-    import jax
-
-    @jax.custom_jvp
-    def identity(x):
-        return x
-
-    @identity.defjvp
-    def tangent(primals, tangents):
-        (x,), (t,) = primals, tangents
-        return x, jax.lax.optimization_barrier(t.T).T
-
-    return identity
 
 
 def einsum_of_frozen(equation, inputs, kernel):

@@ -5,6 +5,7 @@ import functools
 import keras
 from keras.src import backend as keras_backend  # private: checked on 3.15.1
 
+from keras_loraplus._compat.jax_gradients import with_mirrored_gradient
 from keras_loraplus._compat.torch_nodes import (
     are_plain,
     by_onednn,
@@ -15,39 +16,27 @@ from keras_loraplus._compat.torch_nodes import (
 )
 
 
-def with_fast_gradient(a):
-    """Returns the matrix A, arranged so that its gradient is computed quickly on the CPU.
-
-    As autodiff leaves it, the gradient of A (n, r) is `x^T g`, which runs several times slower than
-    its mirror `g^T x`. XLA (jax 0.10.2) turns one into the other through any transpose: a barrier
-    between the product and the transpose keeps the mirror. No value changes, and it can be
-    differentiated in both modes, which a custom gradient could not. The other backends get A as it
-    is; on torch `thin_product` has an arrangement of its own.
-    """
-    if keras.backend.backend() == "jax":
-        import jax
-
-        transposed = jax.lax.optimization_barrier(keras.ops.transpose(a))
-        return keras.ops.transpose(transposed)
-    return a
-
-
 def thin_product(inputs, a):
     """Returns inputs (tokens, n) times A (n, r), arranged so that all its gradients are fast.
+
+    On JAX (0.10.2, CPU) the gradient of A is formed as its mirror `(g^T x)^T`; as autodiff leaves
+    it, `x^T g`, it runs several times slower.
 
     On torch (2.13.0, CPU) the gradient of a product with few columns takes half as long again as
     that of its mirror with few rows, `(A^T x^T)^T`. torch forms gradients in the memory order of
     the operands, so that from the mirror on those of A and of the inner value are mirrors as well:
     a `Dense` layer's step is 1 to 6 % shorter. Without gradients the mirror only costs a copy of A.
     """
-    if keras.backend.backend() == "torch":
+    backend = keras.backend.backend()
+    if backend == "torch":
         import torch
 
-        if not torch.is_grad_enabled():
-            return keras.ops.matmul(inputs, a)
-        mirrored = keras.ops.transpose(a).contiguous()
-        return keras.ops.transpose(keras.ops.matmul(mirrored, keras.ops.transpose(inputs)))
-    return keras.ops.matmul(inputs, with_fast_gradient(a))
+        if torch.is_grad_enabled():
+            mirrored = keras.ops.transpose(a).contiguous()
+            return keras.ops.transpose(keras.ops.matmul(mirrored, keras.ops.transpose(inputs)))
+    elif backend == "jax" and not isinstance(a, keras.KerasTensor):
+        a = with_mirrored_gradient(a)
+    return keras.ops.matmul(inputs, a)
 
 
 def adapted_product(equation, inputs, kernel, bias, a, b, scale):
