@@ -13,6 +13,7 @@ from keras_loraplus._compat.torch_nodes import (
     frozen_product,
     is_onednn_faster,
     may_be_a_node,
+    sums_in_order,
     tensors,
 )
 
@@ -25,22 +26,34 @@ def matmul_of_frozen(inputs, kernel, equation=None):
 
     The values are those of `matmul`, or of an einsum equation that is a product of matrices and
     whose kernel's axes are in order, those that are contracted first. The gradient of the inputs,
-    `g W^T`, is formed faster (CPU). On torch oneDNN forms it. Of products without an equation,
-    TensorFlow (2.21.0) takes another kernel for a batch of one matrix, at 1024 x 4096 and 256
-    tokens in 68 % of the time, at 2048 x 2048 and 32 tokens in 35 %, at 384 x 384 and 2,048 in 101
-    %; XLA (jax 0.10.2) forms `(W g^T)^T` of 8 to 32 tokens in 48 to 82 %, of 64 in 70 to 104 %, and
-    of 256 and more in 94 to 125 % (kernels 384 to 4,096 wide).
+    `g W^T`, is formed faster (CPU; kernels 384 to 4,096 wide):
+
+    - On torch oneDNN forms it.
+    - TensorFlow (2.21.0), without an equation: it takes another kernel for a batch of one matrix,
+      at 1024 x 4096 and 256 tokens in 68 % of the time, at 2048 x 2048 and 32 tokens in 35 %, at
+      384 x 384 and 2,048 in 101 %. An einsum is a batch already.
+    - JAX (0.10.2): XLA forms `(W g^T)^T` of 8 to 32 tokens in 48 to 82 %, of 64 in 70 to 104 %, and
+      of 256 and more in 94 to 125 %.
+    - JAX, an equation: for an einsum that contracts two axes, in either direction, XLA moves the
+      kernel in memory; for a matrix it does not. With the mirror, both directions of an attention's
+      projection take 25 to 75 % of einsum's time for 8 and 32 tokens, 57 to 96 % for 64, 84 to 98 %
+      for 256 and 92 to 99 % for 2,048. Einsum sums contracted axes in alphabetical order: where
+      that is not the kernel's, it is left to it.
     """
     backend, is_known = keras_backend.backend(), not isinstance(inputs, keras.KerasTensor)
     if is_known and backend == "torch":
         return _torch_matmul(inputs, kernel, equation)
-    if equation is not None:
-        return keras.ops.einsum(equation, inputs, kernel)
-    if is_known and backend == "tensorflow":
-        return _tensorflow_matmul(inputs, kernel)
     if is_known and backend == "jax":
-        return _jax_matmul(inputs, kernel)
-    return keras.ops.matmul(inputs, kernel)
+        return _jax_matmul(inputs, kernel, equation)
+    if is_known and backend == "tensorflow" and equation is None:
+        return _tensorflow_matmul(inputs, kernel)
+    return _plain(inputs, kernel, equation)
+
+
+def _plain(inputs, kernel, equation):
+    if equation is None:
+        return keras.ops.matmul(inputs, kernel)
+    return keras.ops.einsum(equation, inputs, kernel)
 
 
 def _torch_matmul(inputs, kernel, equation):
@@ -48,9 +61,7 @@ def _torch_matmul(inputs, kernel, equation):
 
     inputs, kernel = tensors((inputs, kernel))
     if not may_be_a_node(inputs, kernel):
-        if equation is None:
-            return keras.ops.matmul(inputs, kernel)
-        return keras.ops.einsum(equation, inputs, kernel)
+        return _plain(inputs, kernel, equation)
     contracted = 1 if equation is None else len(contracted_axes(equation))
     matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
     rows = inputs.reshape(-1, matrix.shape[0])
@@ -103,16 +114,21 @@ def _tensorflow_matmul(inputs, kernel):
     return product(inputs, kernel)
 
 
-def _jax_matmul(inputs, kernel):
+def _jax_matmul(inputs, kernel, equation):
     import jax
 
     if not isinstance(inputs, jax.Array) or not inputs.ndim or jax.default_backend() != "cpu":
-        return keras.ops.matmul(inputs, kernel)
-    *others, width = inputs.shape
+        return _plain(inputs, kernel, equation)
+    if equation is not None and not sums_in_order(equation):
+        return _plain(inputs, kernel, equation)
+    contracted = 1 if equation is None else len(contracted_axes(equation))
+    others, free = inputs.shape[: inputs.ndim - contracted], kernel.shape[contracted:]
+    kernel = keras.ops.reshape(kernel, (math.prod(kernel.shape[:contracted]), -1))
     if all(isinstance(size, int) for size in others) and math.prod(others) <= MIRRORED_TOKENS:
-        rows = with_mirrored_gradient(inputs.reshape(-1, width))
-        return keras.ops.matmul(rows, kernel).reshape(*others, kernel.shape[-1])
-    return keras.ops.matmul(inputs, kernel)
+        inputs = with_mirrored_gradient(inputs.reshape(-1, kernel.shape[0]))
+    else:
+        inputs = inputs.reshape(*others, kernel.shape[0])
+    return keras.ops.matmul(inputs, kernel).reshape(*others, *free)
 
 
 def einsum_of_frozen(equation, inputs, kernel):

@@ -61,7 +61,7 @@ def frozen_product(equation, inputs, rows, kernel):
 
 
 def sums_in_order(equation):
-    """Whether einsum leaves the contracted axes as they are; torch sums in alphabetical order."""
+    """Whether einsum sums the contracted axes as they stand: torch and JAX sort them first."""
     contracted = contracted_axes(equation)
     return contracted == "".join(sorted(contracted))
 

@@ -1,5 +1,8 @@
 """JAX: a product with a frozen matrix, whose gradient XLA forms as its mirror for few tokens."""
 
+import math
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -60,6 +63,62 @@ def test_no_bit_of_the_values_changes(shape, dtype):
         np.testing.assert_array_equal(actual, expected)
 
 
+EQUATIONS = [
+    ("abc,cde->abde", (2, 3, 130), (130, 3, 43)),
+    ("abcd,cde->abe", (2, 3, 3, 43), (3, 43, 130)),
+    ("abcd,cde->abe", (5, 13, 3, 43), (3, 43, 130)),
+    ("...bc,cd->...bd", (2, 2, 3, 43), (43, 130)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("equation", "shape", "of_kernel"),
+    [*EQUATIONS, ("bquh,uhm->bqm", (2, 3, 3, 43), (3, 43, 130))],
+)
+def test_an_equation_keeps_its_values(equation, shape, of_kernel, dtype):
+    """The last one's axes einsum sums in the alphabet's order."""
+    x, w = einsum_operands(shape, of_kernel, dtype)
+    for run in (lambda f: f, jax.jit):
+        actual = run(lambda x, w: _compat.matmul_of_frozen(x, w, equation))(x, w)
+        expected = run(lambda x, w: keras.ops.einsum(equation, x, w))(x, w)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("equation", "shape", "of_kernel"), EQUATIONS)
+def test_an_equation_has_einsums_gradient_and_moves_no_kernel_for_it(equation, shape, of_kernel):
+    """Einsum moves a kernel of three axes in memory: the control."""
+    x, w = einsum_operands(shape, of_kernel)
+    products = {
+        "ours": lambda x, w: _compat.matmul_of_frozen(x, w, equation),
+        "einsum": lambda x, w: keras.ops.einsum(equation, x, w),
+    }
+    gradients, moved = {}, {}
+    for name, product in products.items():
+        gradient = jax.jit(jax.grad(lambda x, w, product=product: jnp.sum(jnp.sin(product(x, w)))))
+        gradients[name] = gradient(x, w)
+        moved[name] = values_of_size(w.size, gradient.lower(x, w).compile().as_text())
+    assert_close(gradients["ours"], gradients["einsum"], FLOAT32_LAYER)
+    assert abs(gradients["ours"]).max() > 0.1
+    assert not moved["ours"]
+    assert len(of_kernel) < 3 or moved["einsum"]
+
+
+def einsum_operands(shape, of_kernel, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, of_kernel)]
+
+
+def values_of_size(size, text):
+    """Returns the operations in XLA's text that form so many numbers."""
+    found = []
+    for shape, operation in re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", text):
+        if math.prod(map(int, shape.split(","))) == size:
+            found.append(operation)
+    return [each for each in found if each not in ("parameter", "bitcast")]
+
+
 @pytest.mark.parametrize(("tokens", "mirrored"), [(64, True), (65, False)])
 def test_xla_forms_the_mirror_for_few_tokens(tokens, mirrored):
     """(130, tokens) is the shape of `W g^T`; `matmul` itself never has it: the control."""
@@ -111,3 +170,16 @@ def test_inputs_of_unknown_size():
     x = operands((5, 7))[0]
     assert_close(exported.call(x), x @ w, FLOAT32_LAYER)
     assert _compat.matmul_of_frozen(keras.KerasTensor((None, 7)), w).shape == (None, 11)
+
+
+def test_an_equation_with_inputs_of_unknown_size():
+    equation, of_kernel = EQUATIONS[1][0], EQUATIONS[1][2]
+    w = einsum_operands((1,), of_kernel)[1]
+    sizes = jax.export.symbolic_shape("b, t, 3, 43")
+    exported = jax.export.export(jax.jit(lambda x: _compat.matmul_of_frozen(x, w, equation)))(
+        jax.ShapeDtypeStruct(sizes, "float32")
+    )
+    x = einsum_operands((2, 5, 3, 43), of_kernel)[0]
+    assert_close(exported.call(x), jnp.einsum(equation, x, w), FLOAT32_LAYER)
+    symbolic = keras.KerasTensor((None, None, 3, 43))
+    assert _compat.matmul_of_frozen(symbolic, w, equation).shape == (None, None, 130)
