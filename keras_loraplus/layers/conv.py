@@ -43,9 +43,7 @@ class LowRankConv(LowRankLayer):
             shape = [1] * (len(self.kernel_size) + 2)
             shape[self._channel_axis] = self.filters
             outputs = ops.add(outputs, ops.reshape(self.bias, shape))
-        if self.activation is not None:
-            outputs = self.activation(outputs)
-        return outputs
+        return self._activated(outputs)
 
     @property
     def _channel_axis(self):

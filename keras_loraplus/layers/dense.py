@@ -72,4 +72,4 @@ class LoRAPlusDense(LowRankLayer, keras.layers.Dense):
     def call(self, inputs, training=None):
         """Returns `activation(x W + s (x A) B + bias)`."""
         outputs = self._adapted_product(inputs, training)  # (..., m)
-        return outputs if self.activation is None else self.activation(outputs)
+        return self._activated(outputs)

@@ -96,4 +96,4 @@ class LoRAPlusEinsumDense(LowRankLayer, keras.layers.EinsumDense):
             inner = ops.einsum(split.down, self._dropped(inputs, training), a)
             outputs = self._frozen_product(inputs, self.equation)
             outputs = self._plus_bias(ops.add(outputs, ops.einsum(split.up, inner, b)))
-        return outputs if self.activation is None else self.activation(outputs)
+        return self._activated(outputs)

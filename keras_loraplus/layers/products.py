@@ -85,6 +85,11 @@ class Products(_Mixed):
     def _plus_bias(self, outputs):
         return outputs if self.bias is None else ops.add(outputs, self.bias)
 
+    def _activated(self, outputs):
+        if self.activation is None:
+            return outputs
+        return _compat.activated(self.activation, outputs)
+
     def _plus_product(self, outputs, inputs, a, b):
         """Returns `outputs + (inputs A) B` for matrices A (n, r) and B (r, m).
 
