@@ -191,13 +191,14 @@ def run_checkpointing(options):
 
 
 def run_profile(options):
-    """Returns {"profile": rows}: the operations of the contract's transformer step on torch."""
-    rows = []
+    """Returns {"profile": rows, "floors": rows}: the contract's transformer step on torch."""
+    rows, floors = [], []
     if "torch" in options.backends:
         for case in options.cases or ("bert_wide",):
-            found = child("torch", options.dtype, "profile", case)["rows"]
-            rows += [{"case": case, **row} for row in found]
-    return {"profile": rows}
+            found = child("torch", options.dtype, "profile", case)
+            rows += [{"case": case, **row} for row in found["rows"]]
+            floors.append({"case": case, **found["floor"]})
+    return {"profile": rows, "floors": floors}
 
 
 def child(backend, dtype, *arguments):

@@ -8,7 +8,7 @@ import pathlib
 
 from benchmarks import contract
 from benchmarks.names import ARMS, CHECKPOINTING
-from benchmarks.report import MEGABYTE, operation_sums, table
+from benchmarks.report import MEGABYTE, floor, operation_sums, table
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 RESULTS = pathlib.Path(__file__).with_name("results")
@@ -64,13 +64,19 @@ def section(results):
 
 
 def _profile(result):
+    sums = operation_sums(result)
     said = [
-        f"{case}: " + ", ".join(f"{TITLES[arm]} {ms:.0f} ms" for arm, ms in sums.items())
-        for case, sums in operation_sums(result).items()
+        f"{case}: " + ", ".join(f"{TITLES[arm]} {ms:.0f} ms" for arm, ms in of_case.items())
+        for case, of_case in sums.items()
+    ]
+    floors = [
+        f"No step of any backend takes less than its products; {floor(result, case)}\n"
+        for case in sums
     ]
     return (
         f"torch's operations in a step, without Python's time between them, measured "
-        f"{result['date']}: {'; '.join(said)} ([one by one](benchmarks/results/profile.md)).\n"
+        f"{result['date']}: {'; '.join(said)} ([one by one](benchmarks/results/profile.md)).\n\n"
+        + "\n".join(floors)
     )
 
 

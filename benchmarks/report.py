@@ -188,8 +188,20 @@ def _profile(result):
         ]
         total = [case, "all", *(f"{sums[arm]:.1f}" for arm in arms)]
         cells.append([*total, f"{sums['ours'] - sums['limit']:+.1f}"])
-        lines += [*table(heads, cells), ""]
+        lines += [*table(heads, cells), "", floor(result, case), ""]
     return lines[:-1]
+
+
+def floor(result, case):
+    """Returns a sentence on how much of PEFT's step its products take at the least."""
+    (row,) = (row for row in result["floors"] if row["case"] == case)
+    milliseconds = 1000 * row["flops"] / row["flops_per_second"]
+    share = milliseconds / operation_sums(result)[case]["peft"]
+    return (
+        f"{case}: at {row['flops_per_second'] / 1e9:.0f} GFLOP/s, which the fastest product of "
+        f"large matrices reaches here, the {row['flops'] / 1e9:.1f} GFLOP of PEFT's products take "
+        f"{milliseconds:.0f} ms, {share:.2f} of its operations' time."
+    )
 
 
 def _met(row):

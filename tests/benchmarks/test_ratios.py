@@ -66,9 +66,12 @@ def test_the_readme_has_the_sums_of_operations_once_they_are_measured():
         {"case": "b", "milliseconds": {"ours": 9.0, "peft": 8.0}},
         {"case": "a", "milliseconds": {"ours": 2.5, "peft": 1.0}},
     ]
-    results = {"ratios": ratios, "profile": {"date": "2026-01-02", "profile": rows}}
-    text = readme.into_readme(readme.BEGIN + readme.END, results)
+    rate = {"flops": 3e8, "flops_per_second": 2e11}
+    floors = [{"case": case, **rate} for case in "ab"]
+    profile = {"date": "2026-01-02", "profile": rows, "floors": floors}
+    text = readme.into_readme(readme.BEGIN + readme.END, {"ratios": ratios, "profile": profile})
     assert "2026-01-02: a: ours 4 ms, PEFT 5 ms; b: ours 9 ms, PEFT 8 ms (" in text
+    assert "b: at 200 GFLOP/s" in text and "0.3 GFLOP of PEFT's products take 2 ms, 0.19 of" in text
 
 
 def test_the_readme_has_each_part_once_it_is_measured():
