@@ -261,6 +261,9 @@ CASES = [
     _conv_case(2, "same", (2, 5, 6, 3), padding="same"),
     _conv_case(2, "strided", (2, 5, 6, 3), strides=2, padding="same"),
     _conv_case(2, "groups", (2, 5, 6, 4), groups=2),
+    # Enough channels for A's convolution to be a product of matrices (JAX).
+    _conv_case(1, "wide-causal", (2, 8, 11), padding="causal", dilation_rate=2),
+    _conv_case(1, "wide-groups", (2, 8, 20), groups=2, padding="same"),
     _conv_case(3, "valid", (1, 4, 4, 4, 2)),
     _conv_case(3, "groups-same", (1, 4, 4, 3, 4), groups=2, padding="same"),
 ]

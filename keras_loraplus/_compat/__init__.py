@@ -40,7 +40,7 @@ from keras_loraplus._compat.hub import (
     loaded,
     transformers_renames,
 )
-from keras_loraplus._compat.jax_gradients import activated
+from keras_loraplus._compat.jax_gradients import activated, prefers_matrices
 from keras_loraplus._compat.layers import (
     attributes,
     automatic_config,

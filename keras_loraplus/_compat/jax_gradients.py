@@ -33,6 +33,15 @@ def _identity():
     return identity
 
 
+def prefers_matrices(inputs):
+    """Whether few filters are faster as a product of matrices: `thin_convolution` has figures."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(inputs, jax.Array) and jax.default_backend() == "cpu"
+
+
 def activated(activation, outputs):
     """Returns `activation(outputs)`, for whose gradient no more than the outputs is kept.
 
