@@ -58,7 +58,7 @@ def activated(activation, outputs):
     import jax
 
     if (
-        activation.__module__.partition(".")[0] in ("keras", "keras_hub")
+        str(activation.__module__).partition(".")[0] in ("keras", "keras_hub")
         and isinstance(outputs, jax.core.Tracer)
         and jax.default_backend() == "cpu"
         and _has_parts_to_keep(activation, outputs.dtype)

@@ -96,7 +96,7 @@ class LowRankConv(LowRankLayer):
         # together has to be formed.
         inner = self._inner(self._groups_to_batch(inputs), a)
         b = ops.reshape(b, (b.shape[0], groups, self.filters // groups))
-        inner = ops.reshape(inner, (-1, groups, *inner.shape[1:]))
+        inner = ops.reshape(inner, (-1, groups, *ops.shape(inner)[1:]))
         equation = "bgr...,rgm->bgm..." if self._channel_axis == 1 else "bg...r,rgm->b...gm"
         product = ops.einsum(equation, inner, b)
         return ops.add(outputs, ops.reshape(product, ops.shape(outputs)))

@@ -69,16 +69,19 @@ def layer_of(padding="same", **options):
     return layer
 
 
-def test_images_of_any_size():
-    layer = layer_of()
-    model = keras.Sequential([keras.Input((None, None, 18)), layer])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_images_of_any_size(groups):
+    layer = layer_of(groups=groups)
+    channels = 18 * groups
+    model = keras.Sequential([keras.Input((None, None, channels)), layer])
     a, b, kernel = (
         np.asarray(keras.ops.convert_to_numpy(variable), "float64")
         for variable in (layer.lora_kernel_a, layer.lora_kernel_b, layer.kernel)
     )
     for sizes in ((6, 7), (4, 9)):
-        x = np.random.default_rng(2).normal(size=(2, *sizes, 18)).astype("float32")
-        expected = numpy_conv(x.astype("float64"), kernel + a @ b, (1, 1), "same", (1, 1))
+        x = np.random.default_rng(2).normal(size=(2, *sizes, channels)).astype("float32")
+        exact = x.astype("float64"), kernel + a @ b
+        expected = numpy_conv(*exact, (1, 1), "same", (1, 1), groups)
         assert_close(model.predict(x, verbose=0), expected, FLOAT32_LAYER)
 
 
