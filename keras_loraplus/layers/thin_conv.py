@@ -28,7 +28,7 @@ def thin_convolution(inputs, kernel, padding, dilation):
     Returns:
         Tensor (batch, *spatial, filters).
 
-    Source: Anderson et al., arXiv 1709.03395, who name the order of these two steps kn2row.
+    Source: Vasudevan et al., arXiv 1704.04428.
     """
     *window, channels, filters = kernel.shape
     taps = math.prod(window)

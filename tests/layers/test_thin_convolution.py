@@ -31,11 +31,12 @@ def operands(sizes, window, seed=0):
     return [rng.normal(size=shape).astype("float32") for shape in shapes]
 
 
-@pytest.mark.parametrize("padding", ["valid", "same", "causal"])
-@pytest.mark.parametrize(("sizes", "window", "dilation"), SHAPES)
+@pytest.mark.parametrize(
+    ("sizes", "window", "dilation", "padding"),
+    [(*shape, padding) for shape in SHAPES for padding in ("valid", "same")]
+    + [(*shape, "causal") for shape in SHAPES[:2]],
+)
 def test_it_is_the_convolution(sizes, window, dilation, padding):
-    if padding == "causal" and len(window) > 1:
-        padding = "same"
     x, kernel = operands(sizes, window)
     actual = thin_convolution(*map(keras.ops.convert_to_tensor, (x, kernel)), padding, dilation)
     exact = [each.astype("float64") for each in (x, kernel)]
