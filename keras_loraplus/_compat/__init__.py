@@ -4,6 +4,7 @@ Every use says why the public API does not do, and the Keras version it was chec
 the package asks this module, `_compat.NAME`, and never those behind it.
 """
 
+from keras_loraplus._compat.convolutions import convolution
 from keras_loraplus._compat.distribution import (
     check_distribution,
     host_value,

@@ -61,13 +61,13 @@ class LowRankConv(LowRankLayer):
                 self.kernel_size[0] - 1
             )
             inputs, padding = ops.pad(inputs, pads), "valid"
-        return ops.conv(
+        return _compat.convolution(
             inputs,
             kernel,
+            data_format=self.data_format,
             strides=list(self.strides),
             padding=padding,
             dilation_rate=self.dilation_rate,
-            data_format=self.data_format,
         )
 
     def _inner(self, inputs, a):
