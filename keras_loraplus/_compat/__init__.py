@@ -18,7 +18,7 @@ from keras_loraplus._compat.distribution import (
     span_processes,
     wait_for_all_processes,
 )
-from keras_loraplus._compat.frozen import einsum_of_frozen, matmul_of_frozen
+from keras_loraplus._compat.frozen import einsum_of_frozen, logits_of_frozen, matmul_of_frozen
 from keras_loraplus._compat.graphs import (
     clear_compiled_state,
     graph_left_untouched,

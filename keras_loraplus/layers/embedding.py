@@ -200,24 +200,37 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
         return self._reverse(inputs, training)
 
     def _reverse(self, inputs, training):
-        if self.tie_weights:
-            b, a = self._scaled(self.lora_embeddings_b, self.lora_embeddings_a)
-            down, up = ops.transpose(b), ops.transpose(a)
-        else:
-            down, up = self._scaled(self.lora_kernel_a, self.lora_kernel_b)
+        return quantized.soft_capped(self._logits(inputs, training), self.logit_soft_cap)
+
+    def _logits(self, inputs, training):
+        is_quantized = self.quantization_mode is not None
         # Keras's quantized tables know no `reverse_dtype`.
-        if self.reverse_dtype is not None and self.quantization_mode is None:
-            inputs, down, up = (
-                ops.cast(tensor, self.reverse_dtype) for tensor in (inputs, down, up)
-            )
-        logits = self._frozen_logits(inputs)
-        logits = self._plus_product(logits, self._dropped(inputs, training), down, up)
-        return quantized.soft_capped(logits, self.logit_soft_cap)
+        dtype = None if is_quantized else self.reverse_dtype
+        if dtype is not None:
+            inputs = ops.cast(inputs, dtype)
+        adapter_inputs = self._dropped(inputs, training)
+        if self.tie_weights:
+            down, up = map(ops.transpose, (self.lora_embeddings_b, self.lora_embeddings_a))
+        else:
+            down, up = self.lora_kernel_a, self.lora_kernel_b
+        if adapter_inputs is inputs and dtype is None and not is_quantized:
+            kernel = ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings
+            scale = self.lora_scaling
+            logits = _compat.adapted_product(None, inputs, kernel, None, down, up, scale)
+            if logits is not None:
+                return logits
+        down, up = self._scaled(down, up)
+        if dtype is not None:
+            down, up = ops.cast(down, dtype), ops.cast(up, dtype)
+        return self._plus_product(self._frozen_logits(inputs), adapter_inputs, down, up)
 
     def _frozen_logits(self, inputs):
         if self.quantization_mode is not None:
             return quantized.logits(self, inputs)
-        kernel = ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings
+        kernel = self.embeddings if self.tie_weights else self.reverse_embeddings
         if self.reverse_dtype is not None:
             kernel = ops.cast(kernel, self.reverse_dtype)
-        return ops.matmul(inputs, self._frozen(kernel))
+        kernel = self._frozen(kernel)
+        if self.tie_weights:
+            return _compat.logits_of_frozen(inputs, kernel)
+        return _compat.matmul_of_frozen(inputs, kernel)

@@ -26,6 +26,9 @@ CASES = {
     "from-heads": ("abcd,cde->abe", (3, 5, 7), (7,), (2, 4, 3, 5)),
     # torch's einsum puts the contracted axes in alphabetical order, which is another sum.
     "letters from-heads": ("bquh,uhm->bqm", (3, 5, 7), (7,), (2, 4, 3, 5)),
+    # Logits of a tied embedding: the kernel, A and B are those of the table, transposed.
+    "tied": (None, (7, 11), None, (3, 5, 7)),
+    "many tied": (None, (7, 11), None, (50, 7)),
 }
 # From some hundred entries on torch multiplies by other code.
 WIDE = {
@@ -33,6 +36,7 @@ WIDE = {
     "wide to-heads": ("abc,cde->abde", (130, 4, 67), (4, 67), (2, 67, 130)),
     "wide from-heads": ("abcd,cde->abe", (4, 67, 130), (130,), (2, 67, 4, 67)),
     "one token": ("abc,cd->abd", (130, 257), (257,), (1, 1, 130)),
+    "wide tied": (None, (130, 257), None, (2, 67, 130)),
 }
 EQUATION, X, W, BIAS, A, B, SCALE = range(7)
 
@@ -44,6 +48,8 @@ def operands(name, dtype=torch.float64, factors=None):
     rng = np.random.default_rng(0)
 
     def made(shape, dtype=dtype):
+        if name.endswith("tied") and shape is not inputs and shape is not bias:
+            return torch.tensor(rng.normal(size=shape[::-1]), dtype=dtype).t()
         return torch.tensor(rng.normal(size=shape), dtype=dtype)
 
     x, w = made(inputs).requires_grad_(), made(kernel)
@@ -74,7 +80,7 @@ def test_value_and_gradients_are_those_of_the_products(name):
     upstream = torch.randn_like(expected)
     actual = torch.autograd.grad(outputs, wanting(arguments), upstream)
     wanted = torch.autograd.grad(expected, wanting(arguments), upstream)
-    assert len(actual) == (3 if name == "no bias" else 4)
+    assert len(actual) == (3 if arguments[BIAS] is None else 4)
     for one, other in zip(actual, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         assert one.abs().max() > 0.1
@@ -93,7 +99,7 @@ def test_gradients_of_gradients(name):
         return _compat.adapted_product(*called)
 
     assert torch.autograd.gradcheck(product, wanting(arguments))
-    if name != "many rows":  # as for few, and 50 rows take a while
+    if not name.startswith("many"):  # as for few, and 50 rows take a while
         assert torch.autograd.gradgradcheck(product, wanting(arguments))
 
 
@@ -177,6 +183,19 @@ def test_dropout_keeps_the_fast_gradient(onednn):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(inputs, training=True).sum().backward()
     assert len(onednn) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_have_the_fast_gradient(tied, dropout, onednn):
+    options = {"rank": 2, "tie_weights": tied, "dropout": dropout}
+    layer = klp.layers.LoRAPlusReversibleEmbedding(257, 130, **options)
+    layer.build()
+    inputs = torch.randn(2, 67, 130, requires_grad=True)
+    outputs = layer(inputs, reverse=True, training=True)
+    assert ("AdaptedProduct" in str(outputs.grad_fn)) == (not dropout)
+    outputs.sum().backward()
+    assert len(onednn) == 1
 
 
 def test_onednn_is_left_out_where_it_has_no_rule(onednn, monkeypatch):
