@@ -33,7 +33,15 @@ from benchmarks.parts import PARTS
 
 # Rounds of a part. The contract's ratios are the ones with a bound; the other parts have many more
 # arms.
-BLOCKS = {"contract": 7, "models": 3, "optimizer": 3, "growth": 3, "checkpointing": 3, "monitor": 5}
+BLOCKS = {
+    "contract": 7,
+    "models": 3,
+    "optimizer": 3,
+    "growth": 3,
+    "checkpointing": 3,
+    "monitor": 5,
+    "huge_pages": 5,
+}
 QUICK = {
     "contract": {"cases": ["dense_stack", "optimizer_step"], "blocks": 2},
     "models": {"cases": ["minilm_qv"], "blocks": 2, "arms": ("native", "ours", "limit")},

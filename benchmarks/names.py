@@ -11,6 +11,9 @@ ARMS = ("full", "native", "native_same", "ours", "limit", "peft")
 CHECKPOINTING = ("none", "activations", "blocks", "blocks_unfiltered")
 TENSORS = (24, 192, 1500)
 GROWTH = ("width", "tokens", "rank", "layers")
+# The cases of the part on huge pages, and what stands behind the name of a backend with them.
+HUGE_PAGES_CASES = ("bert_wide", "minilm_all")
+HUGE_PAGES = "+huge_pages"
 # Set in a worker's environment: Keras's dtype policy.
 DTYPE = "KERAS_LORAPLUS_BENCHMARK_DTYPE"
 # Steps of an arm's turn that are counted, at least; one that is not comes before them.

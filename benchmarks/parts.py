@@ -13,6 +13,8 @@ from benchmarks.names import (
     CONTRACT_CASES,
     EINSUM_CASES,
     GROWTH,
+    HUGE_PAGES,
+    HUGE_PAGES_CASES,
     MEMORY_CASES,
     MODEL_CASES,
     TENSORS,
@@ -190,6 +192,23 @@ def run_checkpointing(options):
     return {"checkpointing": rows}
 
 
+def run_huge_pages(options):
+    """Returns {"huge_pages": rows}: our step with huge pages over that without."""
+    rows = []
+    for case in options.cases or HUGE_PAGES_CASES:
+        for backend in options.backends:
+            names = [backend, backend + HUGE_PAGES]
+            times = measure(case, names, options.blocks, arms=("ours",), dtype=options.dtype)
+            plain, huge = ((name, "ours") for name in names)
+            milliseconds = {
+                key: round(1000 * statistics.median(times.seconds[of]), 3)
+                for key, of in (("plain", plain), ("huge", huge))
+            }
+            ratio = times.ratio(huge, plain)
+            rows.append({"case": case, "backend": backend, "milliseconds": milliseconds, **ratio})
+    return {"huge_pages": rows}
+
+
 def run_profile(options):
     """Returns {"profile": rows, "floors": rows}: the contract's transformer step on torch."""
     rows, floors = [], []
@@ -232,4 +251,5 @@ PARTS = {
     "first_step": run_first_step,
     "growth": run_growth,
     "profile": run_profile,
+    "huge_pages": run_huge_pages,
 }

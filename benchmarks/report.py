@@ -155,6 +155,21 @@ def _monitor(result):
     return table(heads, rows)
 
 
+def _huge_pages(result):
+    heads = ["case", "backend", "ms a step", "with huge pages", "ratio", "spread"]
+    rows = [
+        [
+            row["case"],
+            row["backend"],
+            *(f"{row['milliseconds'][pages]:.1f}" for pages in ("plain", "huge")),
+            f"{row['ratio']:.2f}",
+            f"{100 * row['spread']:.0f} %",
+        ]
+        for row in result["huge_pages"]
+    ]
+    return table(heads, rows)
+
+
 def operation_sums(result):
     """Returns {case: {arm: milliseconds that all operations of a step take}}."""
     sums = {}
@@ -218,6 +233,7 @@ TITLES = {
     "first_step": "The first step, tracing and compilation included",
     "checkpointing": "Gradient checkpointing of an adapted transformer",
     "profile": "The operations of a step on torch",
+    "huge_pages": "Our step where Linux's allocator asks for huge pages",
 }
 TABLES = {
     "monitor": _monitor,
@@ -229,6 +245,7 @@ TABLES = {
     "first_step": _first_step,
     "checkpointing": _checkpointing,
     "profile": _profile,
+    "huge_pages": _huge_pages,
 }
 
 

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.names import DTYPE, STEPS_AT_LEAST
+from benchmarks.names import DTYPE, HUGE_PAGES, STEPS_AT_LEAST
 
 # What the slowest arm's steps take of a block: so much that the clock and a passing interruption
 # matter little, most where a ratio has a bound, least where a case has dozens of arms.
@@ -113,10 +113,19 @@ class Worker:
 
 
 def environment(backend, dtype=None):
-    """Returns the environment of a process that measures."""
+    """Returns the environment of a process that measures.
+
+    Args:
+        backend: One of `BACKENDS`, with `HUGE_PAGES` behind it where Linux's allocator (glibc 2.35
+            and newer) is to ask for huge pages.
+        dtype: A dtype policy, or None.
+    """
+    name = backend.removesuffix(HUGE_PAGES)
+    pages = {} if name == backend else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     return {
         **os.environ,
-        "KERAS_BACKEND": backend,
+        **pages,
+        "KERAS_BACKEND": name,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         # Where several processes share a GPU none may take all of its memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

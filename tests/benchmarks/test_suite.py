@@ -11,7 +11,7 @@ import pytest
 
 import benchmarks.__main__ as suite
 import benchmarks.child as benchmarks_child
-from benchmarks import dense_cases, parts, report, resident, rounds, worker
+from benchmarks import dense_cases, parts, readme, report, resident, rounds, worker
 from benchmarks.cases import CASES
 from benchmarks.einsum_cases import EQUATIONS, einsum
 from benchmarks.models import TINY
@@ -185,6 +185,29 @@ def test_seconds_and_bytes_of_a_billion_parameters_are_of_two_processes(monkeypa
         monkeypatch.setitem(benchmarks_child.KINDS, kind, dict)
         benchmarks_child.main(kind)
         assert len(followed) == times
+
+
+def test_huge_pages_are_asked_for_in_every_second_process(monkeypatch):
+    asked = []
+
+    def measured(case, names, *_, **__):
+        plain, huge = names
+        asked.extend(map(rounds.environment, names))
+        return Times({(plain, "ours"): [2.0] * 3, (huge, "ours"): [1.5] * 3})
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(parts, "measure", measured)
+    options = argparse.Namespace(**{**OPTIONS, "cases": ["vit"]}, backends=["jax"])
+    found = parts.run_huge_pages(options)
+    assert [each["KERAS_BACKEND"] for each in asked] == ["jax", "jax"]
+    tunables = [each.get("GLIBC_TUNABLES") for each in asked]
+    assert tunables == [None, "glibc.malloc.hugetlb=1"]
+    page = report.as_markdown("huge_pages", {**header(), **found})
+    assert "| vit | jax | 2000.0 | 1500.0 | 0.75 | 0 % |" in page
+    section = readme.section(
+        {"ratios": {**header(), "ratios": []}, "huge_pages": {**header(), **found}}
+    )
+    assert "measured 2026-01-01: jax 0.75 (vit)." in section
 
 
 def header():
