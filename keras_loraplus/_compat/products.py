@@ -39,7 +39,7 @@ def thin_product(inputs, a):
     return keras.ops.matmul(inputs, a)
 
 
-def adapted_product(equation, inputs, kernel, bias, a, b, scale):
+def adapted_product(equation, inputs, kernel, bias, a, b, scale, is_transposed=False):
     """Returns `inputs W + s (inputs A) B + bias`, in one node of torch's graph, or None.
 
     As torch (2.13.0) records it, the inputs get two gradients, which are then added into memory of
@@ -65,12 +65,14 @@ def adapted_product(equation, inputs, kernel, bias, a, b, scale):
         a: A (n, r) or with the axes of n.
         b: B (r, m) or with the axes of m.
         scale: s, a tensor of A's dtype, which gets no gradient.
+        is_transposed: Whether the kernel is a matrix (m, n), as the table behind tied logits.
     """
     if keras_backend.backend() != "torch":
         return None
     import torch
 
     inputs, kernel, bias, a, b, scale = tensors((inputs, kernel, bias, a, b, scale))
+    kernel = kernel.t() if is_transposed else kernel
     if not may_be_a_node(*((inputs, kernel) if bias is None else (inputs, kernel, bias))):
         return None
     if not are_plain(a, b, scale):

@@ -214,9 +214,16 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
         else:
             down, up = self.lora_kernel_a, self.lora_kernel_b
         if adapter_inputs is inputs and dtype is None and not is_quantized:
-            kernel = ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings
-            scale = self.lora_scaling
-            logits = _compat.adapted_product(None, inputs, kernel, None, down, up, scale)
+            logits = _compat.adapted_product(
+                None,
+                inputs,
+                self._reverse_kernel(),
+                None,
+                down,
+                up,
+                self.lora_scaling,
+                is_transposed=self.tie_weights,
+            )
             if logits is not None:
                 return logits
         down, up = self._scaled(down, up)
@@ -227,10 +234,13 @@ class LoRAPlusReversibleEmbedding(LoRAPlusEmbedding, keras.layers.ReversibleEmbe
     def _frozen_logits(self, inputs):
         if self.quantization_mode is not None:
             return quantized.logits(self, inputs)
-        kernel = self.embeddings if self.tie_weights else self.reverse_embeddings
+        kernel = self._reverse_kernel()
         if self.reverse_dtype is not None:
             kernel = ops.cast(kernel, self.reverse_dtype)
         kernel = self._frozen(kernel)
         if self.tie_weights:
             return _compat.logits_of_frozen(inputs, kernel)
         return _compat.matmul_of_frozen(inputs, kernel)
+
+    def _reverse_kernel(self):
+        return self.embeddings if self.tie_weights else self.reverse_embeddings
