@@ -40,20 +40,28 @@ SAMPLE = (
     "WhisperBackbone",
 )
 
+ROUNDING = (
+    "63 convolutions in a row amplify rounding: a change of the kernels in their last bit alone "
+    "moves the outputs by 3e-5 of the largest (on PyTorch), merging by 4e-5"
+)
+DEAD = (
+    "the ReLUs of one residual block pass nothing on with these random weights: without adapters "
+    "too, kernels of this block half as large again change nothing (TensorFlow) or 3e-4 of the "
+    "largest output (PyTorch)"
+)
 # (class, backend or None for all) -> check -> why it does not pass; "all" where none can be run.
 KNOWN = {
     ("SAM3PromptableConceptBackbone", "torch"): {
         "all": "on torch KerasHub 0.32 calls `torchvision.ops.roi_align`, and torchvision is not "
         "among the pinned packages"
     },
-    ("BASNetBackbone", "jax"): {
-        "trains": "at the checks' rate of 0.01 the first step saturates the sigmoids behind its 63 "
-        "convolutions, so that the second has no gradient for some; at 1e-4 two steps move every A "
-        "and B (tried on PyTorch)",
-        "merges": "63 convolutions in a row amplify rounding: a change of the kernels in their "
-        "last bit alone moves the outputs by 3e-5 of the largest (on PyTorch), "
-        "merging by 4e-5",
+    ("StableDiffusion3Backbone", "tensorflow"): {
+        "all": "on TensorFlow KerasHub 0.32's `FlowMatchEulerDiscreteScheduler` branches on a "
+        "value that is unknown in a compiled function, without adapters too"
     },
+    ("BASNetBackbone", "jax"): {"merges": ROUNDING},
+    ("BASNetBackbone", "tensorflow"): {"every path": DEAD, "trains": DEAD, "merges": ROUNDING},
+    ("BASNetBackbone", "torch"): {"every path": DEAD, "merges": ROUNDING},
 }
 
 # Enough of a change for every path: the smallest effects are those of attention scores.
@@ -237,7 +245,8 @@ class Run:
         # KerasHub's StableDiffusion3 must not have `fit` as its first call: without adapters too it
         # then gives non-finite outputs on torch, and on JAX it fails these checks.
         model.predicted(self.inputs)
-        model.compile(klp.LoRAPlusAdamW(1e-2, weight_decay=0.0), loss=sum_of_squares)
+        # A rate at which the first step leaves ReLUs and sigmoids alive for the second.
+        model.compile(klp.LoRAPlusAdamW(1e-4, weight_decay=0.0), loss=sum_of_squares)
         model.fit(self.inputs, goal, epochs=2, verbose=0)
         changed = paths_of(still, frozen, equal=False)
         assert not changed, f"frozen, and changed by training: {changed}"
