@@ -198,7 +198,9 @@ def run_huge_pages(options):
     for case in options.cases or HUGE_PAGES_CASES:
         for backend in options.backends:
             names = [backend, backend + HUGE_PAGES]
-            times = measure(case, names, options.blocks, arms=("ours",), dtype=options.dtype)
+            times = measure(
+                case, names, options.blocks, arms=("ours",), dtype=options.dtype, sets=SETS
+            )
             plain, huge = ((name, "ours") for name in names)
             milliseconds = {
                 key: round(1000 * statistics.median(times.seconds[of]), 3)
